@@ -1,0 +1,42 @@
+# Two commands do everything on a fresh machine with Python 3.11+ and make:
+#   make demo   set up, then run the whole pipeline on data it generates itself
+#   make test   set up, then lint, types and tests
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin
+STAMP = $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint types schemas clean
+
+help:
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+setup: $(STAMP) ## make the virtual environment
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		-e '.[teacher,student,dev]'
+	touch $@
+
+demo: $(STAMP) ## data -> teacher -> cache -> two students -> table, on the CPU
+	$(RUN)/python -m examples.demo.run examples/demo.yaml --output runs/demo
+
+test: lint types ## lint, types and all tests
+	$(RUN)/python -m pytest
+
+lint: $(STAMP)
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+
+types: $(STAMP)
+	$(RUN)/mypy
+
+schemas: $(STAMP) ## write schemas/ anew from the code
+	$(RUN)/python schemas/generate.py
+
+clean: ## remove what the demo wrote
+	rm -rf runs

@@ -1,0 +1,58 @@
+"""Config errors name file, key, expected, got and the nearest known key."""
+
+from pathlib import Path
+
+import pytest
+
+from tide_cache.config import StrictModel, load_config
+from tide_cache.errors import ConfigError
+
+
+class Inner(StrictModel):
+    temperature: float = 2.0
+    tokens: list[int] = []
+
+
+class Outer(StrictModel):
+    seed: int
+    inner: Inner = Inner()
+    maybe: Inner | None = None
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_reads_and_overrides(tmp_path: Path) -> None:
+    path = write(tmp_path, "seed: 1\ninner: {temperature: 1.5}\n")
+    config = load_config(path, Outer, ["inner.temperature=3", "maybe.tokens=[1, 2]"])
+    assert config.inner.temperature == 3
+    assert config.maybe == Inner(tokens=[1, 2])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sed: 1\nseed: 1", r"unknown key 'sed' \(did you mean 'seed'\?\)"),
+        ("seed: 1\ninner: {temperatur: 1}", r"'inner.temperatur' \(did you mean 'temperature'\?\)"),
+        ("seed: 1\nmaybe: {token: []}", r"'maybe.token' \(did you mean 'tokens'\?\)"),
+        ("inner: {}", "missing key 'seed'"),
+        ("seed: soon", "seed: .*got 'soon'"),
+        ("- a\n- b", "expected a mapping of keys, got list"),
+        ("seed: [", "not valid YAML"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, text: str, message: str) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(path, Outer)
+    assert str(path) in str(caught.value)
+
+
+def test_a_missing_file_and_a_bad_override(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read the config"):
+        load_config(tmp_path / "none.yaml", Outer)
+    with pytest.raises(ConfigError, match="expected KEY=VALUE"):
+        load_config(write(tmp_path, "seed: 1"), Outer, ["seed"])

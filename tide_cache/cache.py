@@ -1,0 +1,171 @@
+"""Reading a finished set: rows by number, any column, bounded memory.
+
+Rows of a view are numbered 0..num_samples-1 through the shards in the manifest's order. Row groups
+that were read are kept, a bounded number of them; opening a shard checks its size and its row
+count against the manifest, reading verifies page checksums.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tide_cache.errors import FormatError
+from tide_cache.manifest import Manifest, ShardFacts, identity
+from tide_cache.shards import ROWS_PER_GROUP, open_shard, read_row_groups
+from tide_cache.store import Store
+from tide_cache.writer import read_manifest
+
+_OPEN_FILES = 8
+DEFAULT_GROUPS_KEPT = 32
+
+
+class Cache:
+    """A finished cache or premasked set.
+
+    `num_groups_kept` bounds the memory of random access: that many row groups of 256 rows stay
+    decoded from Parquet.
+    """
+
+    def __init__(
+        self, store: Store, manifest: Manifest, *, num_groups_kept: int = DEFAULT_GROUPS_KEPT
+    ) -> None:
+        self.store = store
+        self.manifest = manifest
+        self._num_groups_kept = num_groups_kept
+        self._files: OrderedDict[str, pq.ParquetFile] = OrderedDict()
+        self._groups: OrderedDict[tuple[str, int, tuple[str, ...]], pa.Table] = OrderedDict()
+
+    @property
+    def url(self) -> str:
+        """Where the set is."""
+        return self.store.url
+
+    @cached_property
+    def identity(self) -> str:
+        """The sha256 of the manifest's canonical JSON."""
+        return identity(self.manifest)
+
+    @property
+    def num_views(self) -> int:
+        """Number of noised copies of each sample."""
+        return self.manifest.num_views
+
+    @cached_property
+    def num_samples(self) -> int:
+        """Number of samples, which is the number of rows of each view."""
+        return int(self._starts[-1])
+
+    @cached_property
+    def row_group_sizes(self) -> npt.NDArray[np.int64]:
+        """Number of rows of each row group of a view, in order; the same for every view."""
+        sizes: list[int] = []
+        for shard in self._shards_of(0):
+            whole, rest = divmod(shard.num_rows, ROWS_PER_GROUP)
+            sizes += [ROWS_PER_GROUP] * whole + ([rest] if rest else [])
+        return np.asarray(sizes, dtype=np.int64)
+
+    def read_rows(
+        self, view: int, rows: Sequence[int] | npt.NDArray[np.integer], columns: Sequence[str] = ()
+    ) -> pa.Table:
+        """Read rows of one view, in the order asked for. Returns all columns unless some are named.
+
+        Raises IndexError for a row or view outside the set, FormatError for a damaged shard.
+        """
+        wanted = np.asarray(rows, dtype=np.int64)
+        if not 0 <= view < self.num_views:
+            raise IndexError(f"view {view} of {self.num_views}")
+        if wanted.size and (wanted.min() < 0 or wanted.max() >= self.num_samples):
+            raise IndexError(f"rows outside 0..{self.num_samples - 1}")
+        names = tuple(columns)
+        shards = self._shards_of(view)
+        shard_of = np.searchsorted(self._starts, wanted, side="right") - 1
+        local = wanted - self._starts[shard_of]
+        group_of = local // ROWS_PER_GROUP
+        pieces, origin, offset = [], np.empty(len(wanted), dtype=np.int64), 0
+        for shard, group in sorted(set(zip(shard_of.tolist(), group_of.tolist(), strict=True))):
+            table = self._group(shards[shard], group, names)
+            here = np.flatnonzero((shard_of == shard) & (group_of == group))
+            origin[here] = offset + local[here] - group * ROWS_PER_GROUP
+            pieces.append(table)
+            offset += table.num_rows
+        if not pieces:
+            return self._empty(shards, names)
+        return pa.concat_tables(pieces).take(pa.array(origin)).combine_chunks()
+
+    def close(self) -> None:
+        """Close the open shards and forget what was read."""
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+        self._groups.clear()
+
+    @cached_property
+    def _starts(self) -> npt.NDArray[np.int64]:
+        sizes = [shard.num_rows for shard in self._shards_of(0)]
+        return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)
+
+    @cached_property
+    def _by_view(self) -> list[list[ShardFacts]]:
+        views: list[list[ShardFacts]] = [[] for _ in range(self.num_views)]
+        for shard in self.manifest.shards:
+            views[shard.view].append(shard)
+        return views
+
+    def _shards_of(self, view: int) -> list[ShardFacts]:
+        return self._by_view[view]
+
+    def _group(self, shard: ShardFacts, group: int, columns: tuple[str, ...]) -> pa.Table:
+        key = (shard.path, group, columns)
+        if key in self._groups:
+            self._groups.move_to_end(key)
+            return self._groups[key]
+        file = self._file(shard)
+        table = read_row_groups(self.store, shard.path, file, [group], list(columns) or None)
+        self._groups[key] = table.replace_schema_metadata(None)
+        if len(self._groups) > self._num_groups_kept:
+            self._groups.popitem(last=False)
+        return self._groups[key]
+
+    def _file(self, shard: ShardFacts) -> pq.ParquetFile:
+        if shard.path in self._files:
+            self._files.move_to_end(shard.path)
+            return self._files[shard.path]
+        file = open_shard(self.store, shard.path)
+        self._check_opened(shard, file)
+        self._files[shard.path] = file
+        if len(self._files) > _OPEN_FILES:
+            self._files.popitem(last=False)[1].close()
+        return file
+
+    def _check_opened(self, shard: ShardFacts, file: pq.ParquetFile) -> None:
+        groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        whole = [ROWS_PER_GROUP] * (shard.num_rows // ROWS_PER_GROUP)
+        rest = [shard.num_rows % ROWS_PER_GROUP] if shard.num_rows % ROWS_PER_GROUP else []
+        size_bytes = self.store.size_bytes(shard.path)
+        if size_bytes != shard.size_bytes or groups != whole + rest:
+            file.close()
+            raise FormatError(
+                f"shard {shard.path}: expected {shard.num_rows} rows in {shard.size_bytes} bytes, "
+                f"got {sum(groups)} rows in {size_bytes} bytes",
+                hint=f"run 'tide-cache verify {self.url}'",
+            )
+
+    def _empty(self, shards: list[ShardFacts], columns: tuple[str, ...]) -> pa.Table:
+        if not shards:
+            raise FormatError(f"{self.url}: the set has no rows")
+        return self._group(shards[0], 0, columns).slice(0, 0)
+
+
+def open_cache(url: str | Path, *, num_groups_kept: int = DEFAULT_GROUPS_KEPT) -> Cache:
+    """Open a finished cache or premasked set.
+
+    Raises StorageError when there is none at `url`, FormatError when its manifest is not sound.
+    """
+    store = Store(url)
+    return Cache(store, read_manifest(store), num_groups_kept=num_groups_kept)

@@ -1,0 +1,47 @@
+"""The dataset card of a set: README.md with the YAML that makes the folder a valid Hub dataset."""
+
+import yaml
+
+from tide_cache.manifest import CacheManifest, Manifest
+
+
+def dataset_card(manifest: Manifest) -> str:
+    """Return the card, a pure function of the manifest's facts (its `files` are not used)."""
+    licences = sorted({source.licence or "unknown" for source in manifest.sources})
+    front = {
+        "tags": ["tide-cache", "diffusion-language-model", "distillation", manifest.kind],
+        "license": licences[0] if len(licences) == 1 else "other",
+        "configs": [
+            {
+                "config_name": "default",
+                "data_files": [{"split": "train", "path": "data/*/*.parquet"}],
+            }
+        ],
+    }
+    lines = ["---", yaml.safe_dump(front, sort_keys=True).strip(), "---", "", *_body(manifest)]
+    return "\n".join(lines) + "\n"
+
+
+def _body(manifest: Manifest) -> list[str]:
+    counts = manifest.counts
+    title = "Teacher cache" if isinstance(manifest, CacheManifest) else "Premasked set"
+    lines = [f"# {title}", ""]
+    if isinstance(manifest, CacheManifest):
+        teacher = manifest.teacher_model
+        payloads = ", ".join(f"{p.name} (k = {p.k})" for p in manifest.payloads)
+        lines += [
+            f"- teacher: `{teacher.name}` ({teacher.dtype}, {teacher.attention} attention)",
+            f"- payloads: {payloads}",
+        ]
+    lines += [
+        f"- student tokenizer: `{manifest.student.name}`",
+        f"- {counts.get('num_samples', 0)} samples, {manifest.num_views} views each, "
+        f"{counts.get('num_masked_positions', 0)} masked positions",
+        "",
+        "## Sources",
+        "",
+        *[f"- `{s.name}`: licence {s.licence or 'unknown'}" for s in manifest.sources],
+        "",
+        "Token ids are text: whoever holds this folder can read the conversations in it.",
+    ]
+    return lines

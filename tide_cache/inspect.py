@@ -1,0 +1,121 @@
+"""What a set is, on one screen: recipe, sizes, teacher, payloads, provenance."""
+
+from typing import Any
+
+from tide_cache.manifest import CacheManifest, Manifest, identity
+
+
+def summary(manifest: Manifest, *, url: str) -> dict[str, Any]:
+    """Return the facts that a person asks for first, as JSON values."""
+    counts = dict(manifest.counts)
+    size_bytes = counts.get("size_bytes", 0)
+    facts: dict[str, Any] = {
+        "url": url,
+        "kind": manifest.kind,
+        "identity": identity(manifest),
+        "format_version": manifest.format_version,
+        "alignment": manifest.alignment,
+        "num_views": manifest.num_views,
+        "block_size": manifest.block_size,
+        "counts": counts,
+        "dropped": dict(manifest.dropped),
+        "num_shards": len(manifest.shards),
+        "student": manifest.student.model_dump(),
+        "teacher": manifest.teacher.model_dump(),
+        "noising": manifest.noising.model_dump(),
+        "sources": [source.model_dump() for source in manifest.sources],
+        "provenance": manifest.provenance,
+    }
+    if isinstance(manifest, CacheManifest):
+        positions = counts.get("num_payload_positions", 0)
+        facts |= {
+            "teacher_model": manifest.teacher_model.model_dump(),
+            "comp_demo": manifest.comp_demo,
+            "payloads": [payload.model_dump(mode="json") for payload in manifest.payloads],
+            "fidelity": list(manifest.fidelity),
+            "premasked_sha256": manifest.premasked_sha256,
+            "bytes_per_payload_position": round(size_bytes / positions, 2) if positions else None,
+            "build_provenance": manifest.build_provenance,
+        }
+    return facts
+
+
+def lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the summary as (label, text) pairs for a screen."""
+    counts = facts["counts"]
+    out = [
+        ("kind", f"{facts['kind']} (format {facts['format_version']}), {facts['alignment']}"),
+        ("identity", facts["identity"]),
+        (
+            "rows",
+            f"{counts.get('num_samples', 0):,} samples x {facts['num_views']} views in "
+            f"{facts['num_shards']} shards, {counts.get('size_bytes', 0) / 1e6:,.1f} MB",
+        ),
+        (
+            "positions",
+            f"{counts.get('num_masked_positions', 0):,} masked of "
+            f"{counts.get('num_labelled_positions', 0):,} labelled",
+        ),
+        ("student", _tokenizer(facts["student"])),
+        ("teacher", _tokenizer(facts["teacher"])),
+        ("timesteps", _noising(facts["noising"])),
+    ]
+    if facts["kind"] == "cache":
+        out += _cache_lines(facts)
+    for source in facts["sources"]:
+        licence = source["licence"] or "unknown"
+        out.append(
+            (
+                "source",
+                f"{source['name']}: {source['num_rows_taken']:,} of {source['num_rows']:,} rows, "
+                f"licence {licence}",
+            )
+        )
+    dropped = ", ".join(f"{reason} {count:,}" for reason, count in facts["dropped"].items())
+    out.append(("dropped", dropped or "none"))
+    made = facts.get("build_provenance", facts["provenance"])
+    out.append(
+        ("made by", f"{made['command']} (tide-cache {made['tide_cache']}, git {_short(made)})")
+    )
+    return out
+
+
+def _cache_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    teacher = facts["teacher_model"]
+    out = [
+        (
+            "teacher model",
+            f"{teacher['name']} ({teacher['family']}, {teacher['dtype']}, {teacher['attention']} "
+            f"attention, weights {teacher['weights_sha256'][:12]}…)",
+        ),
+        ("CompDemo", "two passes" if facts["comp_demo"] else "off: one pass"),
+    ]
+    for payload in facts["payloads"]:
+        out.append(
+            (
+                "payload",
+                f"{payload['name']}: k = {payload['k']} of {payload['vocab_size']:,} ids, codec "
+                f"{payload['codec']} {payload['codec_version']}, temperatures "
+                f"{', '.join(f'{t:g}' for t in payload['temperatures'])}",
+            )
+        )
+    out.append(("bytes/position", str(facts["bytes_per_payload_position"])))
+    out.append(("fidelity", "measured" if facts["fidelity"] else "not measured"))
+    return out
+
+
+def _tokenizer(facts: dict[str, Any]) -> str:
+    return f"{facts['name']} ({facts['vocab_size']:,} ids, {facts['sha256'][:12]}…)"
+
+
+def _noising(facts: dict[str, Any]) -> str:
+    if not facts["drawn"]:
+        return "masks from outside"
+    return (
+        f"{facts['num_timesteps']} in [{facts['t_min']:g}, {facts['t_max']:g}), demo ratio "
+        f"{facts['demo_ratio']:g}, seed {facts['seed']}"
+    )
+
+
+def _short(made: dict[str, Any]) -> str:
+    return (made.get("git_revision") or "unknown")[:12]

@@ -1,0 +1,251 @@
+"""The manifests: what a premasked set or a cache is, in one canonical JSON file.
+
+A `Header` is everything known before the first row is made. It is stored in every shard too, so
+that a shard says by itself what it belongs to and the manifest can be made again from the shards.
+A manifest is a header plus counts and the list of files with their hashes; it is written last, and
+the sha256 of its canonical JSON is the identity of the whole. No timestamps, no worker counts: the
+same input gives the same manifest.
+"""
+
+import json
+import re
+from typing import Annotated, Any, Final, Literal, TypeVar
+
+from pydantic import AfterValidator, Field, ValidationError
+
+from tide_cache.canonical import canonical_json, pretty_json, sha256_hex
+from tide_cache.config import StrictModel
+from tide_cache.errors import FormatError
+from tide_cache.rows import AlignmentKind
+
+FORMAT: Final = "tide-cache"
+FORMAT_VERSION: Final = 1
+MANIFEST = "manifest.json"
+_SHARD_PATH = re.compile(r"data/view-\d{2,4}/\d{5,9}\.parquet")
+_FILE_PATH = re.compile(r"(codec/[a-z0-9_]+\.safetensors|README\.md)")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def _matching(pattern: re.Pattern[str], what: str) -> AfterValidator:
+    # A manifest may come from a stranger: only paths of these shapes can be named at all.
+    def check(text: str) -> str:
+        if not pattern.fullmatch(text):
+            raise ValueError(f"expected {what}")
+        return text
+
+    return AfterValidator(check)
+
+
+Sha256 = Annotated[str, _matching(_SHA256, "64 lower-case hex digits")]
+ShardPath = Annotated[str, _matching(_SHARD_PATH, "data/view-NN/NNNNN.parquet")]
+FilePath = Annotated[str, _matching(_FILE_PATH, "codec/NAME.safetensors or README.md")]
+Count = Annotated[int, Field(ge=0)]
+VocabSize = Annotated[int, Field(ge=1, le=1 << 24)]
+
+
+class TokenizerFacts(StrictModel):
+    """Which tokenizer made the ids of one side.
+
+    `vocab_size` counts the ids that may occur (the tokenizer's entries, not the padded rows of an
+    embedding). `sha256` is over the canonical content that decides ids, see
+    `stage1_teacher.tokenizers`.
+    """
+
+    name: str
+    sha256: Sha256
+    vocab_size: VocabSize
+    mask_token_id: Count | None
+    eos_token_id: Count | None
+    pad_token_id: Count | None
+
+
+class SourceFacts(StrictModel):
+    """One source of conversations: where it came from, its licence and how much of it was taken."""
+
+    name: str
+    fingerprint: str
+    licence: str | None
+    num_rows: Count
+    num_rows_taken: Count
+
+
+class NoisingFacts(StrictModel):
+    """How masks were drawn; `drawn: false` says that they came from outside."""
+
+    drawn: bool
+    seed: int
+    num_timesteps: int = Field(ge=1)
+    t_min: float = Field(ge=0, le=1)
+    t_max: float = Field(ge=0, le=1)
+    demo_ratio: float = Field(ge=0, le=1)
+
+
+class TeacherFacts(StrictModel):
+    """Which teacher answered, how it was asked and on what."""
+
+    name: str
+    revision: str | None
+    family: str
+    weights_sha256: Sha256
+    config_sha256: Sha256
+    vocab_size: VocabSize
+    dtype: str
+    attention: str
+    backend: str
+    block_size: int | None = Field(ge=1)
+    mask_token_id: Count
+    device: str
+
+
+class CandidatesFacts(StrictModel):
+    """The `candidates` payload: k ids with logits, and exact logsumexps, at each masked position.
+
+    Ids lie below `vocab_size`, the ids that teacher and student share; `temperatures` are those
+    whose logsumexp over these ids is stored.
+    """
+
+    name: Literal["candidates"] = "candidates"
+    codec: str
+    codec_version: int = Field(ge=1)
+    k: int = Field(ge=1)
+    vocab_size: VocabSize
+    temperatures: tuple[float, ...] = Field(min_length=1, max_length=16)
+    mean_logits_positions: Count
+
+
+class Header(StrictModel):
+    """What a premasked set is, known before its first row.
+
+    `shared_vocab_size` counts the leading ids that are the same token on both sides (None where
+    two tokenizers share none, `alignment: chunks`).
+    """
+
+    format: Literal["tide-cache"] = FORMAT
+    format_version: Literal[1] = FORMAT_VERSION
+    kind: Literal["premasked"] = "premasked"
+    alignment: AlignmentKind
+    num_views: int = Field(ge=1, le=1000)
+    block_size: int = Field(ge=1)
+    student: TokenizerFacts
+    teacher: TokenizerFacts
+    shared_vocab_size: VocabSize | None
+    noising: NoisingFacts
+    sources: tuple[SourceFacts, ...]
+    config: dict[str, Any]
+    provenance: dict[str, Any]
+
+
+class CacheHeader(Header):
+    """What a cache is, known before its first row: a premasked set, a teacher and payloads."""
+
+    kind: Literal["cache"] = "cache"  # type: ignore[assignment]
+    premasked_sha256: Sha256
+    comp_demo: bool
+    teacher_model: TeacherFacts
+    payloads: tuple[CandidatesFacts, ...] = Field(min_length=1)
+    fidelity: tuple[dict[str, Any], ...] = ()
+    build_config: dict[str, Any]
+    build_provenance: dict[str, Any]
+
+
+class ShardFacts(StrictModel):
+    """One Parquet file: the rows of one view of one task."""
+
+    path: ShardPath
+    task: Count
+    view: Count
+    num_rows: Count
+    size_bytes: Count
+    sha256: Sha256
+
+
+class FileFacts(StrictModel):
+    """One file beside the shards."""
+
+    path: FilePath
+    size_bytes: Count
+    sha256: Sha256
+
+
+class _Complete(StrictModel):
+    counts: dict[str, Count]
+    dropped: dict[str, Count]
+    files: tuple[FileFacts, ...]
+    shards: tuple[ShardFacts, ...]
+
+
+class PremaskedManifest(Header, _Complete):
+    """The manifest of a premasked set."""
+
+
+class CacheManifest(CacheHeader, _Complete):
+    """The manifest of a teacher cache."""
+
+
+Manifest = PremaskedManifest | CacheManifest
+AnyHeader = TypeVar("AnyHeader", bound=Header)
+
+
+def manifest_bytes(manifest: Manifest) -> bytes:
+    """Return the bytes of `manifest.json`: JSON for people with sorted keys."""
+    return pretty_json(manifest.model_dump(mode="json"))
+
+
+def identity(manifest: Manifest) -> str:
+    """Return the identity of a set: the sha256 of its manifest's canonical JSON."""
+    return sha256_hex(canonical_json(manifest.model_dump(mode="json")))
+
+
+def parse_manifest(data: bytes, *, where: str) -> Manifest:
+    """Read and check a manifest. Raises FormatError naming the field, expected and got."""
+    try:
+        values = json.loads(data)
+    except ValueError as error:
+        raise FormatError(f"{where}: not JSON: {error}") from error
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise FormatError(f"{where}: not a tide-cache manifest (no format: {FORMAT!r})")
+    version = values.get("format_version")
+    if version != FORMAT_VERSION:
+        raise FormatError(
+            f"{where}: format_version: this program reads {FORMAT_VERSION}, got {version!r}",
+            hint="install a newer tide-cache",
+        )
+    kind = values.get("kind")
+    models: dict[Any, type[Manifest]] = {"premasked": PremaskedManifest, "cache": CacheManifest}
+    if kind not in models:
+        raise FormatError(f"{where}: kind: expected premasked or cache, got {kind!r}")
+    try:
+        manifest = models[kind].model_validate(values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        location = ".".join(str(part) for part in problem["loc"])
+        raise FormatError(f"{where}: {location}: {problem['msg']}") from error
+    _check_shards(manifest, where)
+    return manifest
+
+
+def _check_shards(manifest: Manifest, where: str) -> None:
+    """Refuse a shard list in which a file is named twice or a task lacks a view."""
+    expected_views = list(range(manifest.num_views))
+    tasks: dict[int, list[ShardFacts]] = {}
+    for shard in manifest.shards:
+        tasks.setdefault(shard.task, []).append(shard)
+        if shard.path != shard_path(shard.task, shard.view):
+            raise FormatError(
+                f"{where}: shards: {shard.path}: expected {shard_path(shard.task, shard.view)}"
+            )
+    for task, shards in tasks.items():
+        if [shard.view for shard in shards] != expected_views:
+            raise FormatError(
+                f"{where}: shards: task {task}: expected views {expected_views} in order, got "
+                f"{[shard.view for shard in shards]}"
+            )
+        if len({shard.num_rows for shard in shards}) != 1:
+            raise FormatError(f"{where}: shards: task {task}: views differ in num_rows")
+    if list(tasks) != sorted(tasks):
+        raise FormatError(f"{where}: shards: expected tasks in ascending order")
+
+
+def shard_path(task: int, view: int) -> str:
+    """Return the path of the shard that holds one view of one task."""
+    return f"data/view-{view:02d}/{task:05d}.parquet"

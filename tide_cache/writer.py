@@ -1,0 +1,230 @@
+"""Writing a premasked set or a cache task by task, safe to kill at any moment and to run again.
+
+State on disk is all there is: `_build/header.json` (what is being made), one record per finished
+task in `_build/tasks/`, and the shards. Every file is published by create-if-absent, a task's
+record after its shards, the manifest after all records; then `_build` goes away. Writers share
+nothing else, so any number of processes may work on one folder.
+"""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+from pydantic import Field
+
+from tide_cache import card
+from tide_cache.canonical import canonical_json, sha256_hex
+from tide_cache.config import StrictModel
+from tide_cache.errors import CompatibilityError, StorageError
+from tide_cache.manifest import (
+    MANIFEST,
+    CacheHeader,
+    CacheManifest,
+    Count,
+    FileFacts,
+    Header,
+    Manifest,
+    PremaskedManifest,
+    ShardFacts,
+    manifest_bytes,
+    parse_manifest,
+    shard_path,
+)
+from tide_cache.shards import shard_bytes
+from tide_cache.store import TEMPORARY_SUFFIX, Store
+
+logger = logging.getLogger(__name__)
+STATE = "_build"
+HEADER = f"{STATE}/header.json"
+
+
+class TaskRecord(StrictModel):
+    """What one finished task put into the set."""
+
+    task: int = Field(ge=0)
+    shards: tuple[ShardFacts, ...]
+    counts: dict[str, Count]
+    dropped: dict[str, Count]
+
+
+class SetWriter:
+    """Writes one set of shards; every method may be called again after a crash."""
+
+    def __init__(self, store: Store, header: Header) -> None:
+        self.store = store
+        self.header = header
+
+    def begin(self) -> Manifest | None:
+        """Claim the folder for this header. Returns the manifest when the set is complete already.
+
+        Raises CompatibilityError, naming the differing keys, when the folder holds another set.
+        """
+        if self.store.exists(MANIFEST):
+            manifest = read_manifest(self.store)
+            present = _header_of(manifest, type(self.header))
+            self._require_same(present)
+            return manifest
+        mine = self.header.model_dump(mode="json")
+        if not self.store.publish(HEADER, canonical_json(mine)):
+            self._require_same(json.loads(self.store.read_bytes(HEADER)))
+        return None
+
+    def finished_tasks(self) -> dict[int, TaskRecord]:
+        """Return the records of the tasks that are done, by task number."""
+        records = {}
+        for path in self.store.list_files(f"{STATE}/tasks"):
+            if path.endswith(".json"):
+                record = TaskRecord.model_validate_json(self.store.read_bytes(path))
+                records[record.task] = record
+        return records
+
+    def publish_task(
+        self,
+        task: int,
+        tables_V: Sequence[pa.Table],
+        *,
+        counts: Mapping[str, int],
+        dropped: Mapping[str, int],
+    ) -> TaskRecord:
+        """Publish the shards of a task, one table per view, then its record.
+
+        A task whose rows were all dropped has a record without shards.
+        """
+        shards = []
+        for view, table in enumerate(tables_V):
+            if table.num_rows:
+                shards.append(self._publish_shard(task, view, table))
+        record = TaskRecord(
+            task=task, shards=tuple(shards), counts=dict(counts), dropped=dict(dropped)
+        )
+        data = canonical_json(record.model_dump(mode="json"))
+        self.store.publish(f"{STATE}/tasks/{task:05d}.json", data)
+        return record
+
+    def finish(self, tasks: Sequence[int], *, codec_files: Sequence[str] = ()) -> Manifest:
+        """Publish card and manifest from the records of `tasks`, in order, and remove the state.
+
+        Raises StorageError when a record or a shard is missing.
+        """
+        records = self.finished_tasks()
+        missing = [task for task in tasks if task not in records]
+        if missing:
+            raise StorageError(
+                f"{self.store.url}: {len(missing)} of {len(tasks)} tasks are not done (first: "
+                f"{missing[0]})",
+                hint="run the same command again",
+            )
+        ordered = [records[task] for task in tasks]
+        manifest = self._manifest(ordered, codec_files)
+        self._check_sizes(manifest)
+        self.store.publish(MANIFEST, manifest_bytes(manifest))
+        self._sweep()
+        return read_manifest(self.store)
+
+    def _publish_shard(self, task: int, view: int, table: pa.Table) -> ShardFacts:
+        path = shard_path(task, view)
+        data = shard_bytes(table, self.header, task=task, view=view)
+        facts = ShardFacts(
+            path=path,
+            task=task,
+            view=view,
+            num_rows=table.num_rows,
+            size_bytes=len(data),
+            sha256=sha256_hex(data),
+        )
+        if not self.store.publish(path, data):
+            present = self.store.sha256(path)
+            if present != facts.sha256:
+                raise StorageError(
+                    f"{self.store.url}/{path}: exists with other content (expected "
+                    f"{facts.sha256[:12]}…, got {present[:12]}…)",
+                    hint="it was changed, or made on another kind of machine: remove it and run "
+                    "the same command again",
+                )
+        return facts
+
+    def _manifest(self, records: Sequence[TaskRecord], codec_files: Sequence[str]) -> Manifest:
+        counts: Counter[str] = Counter()
+        dropped: Counter[str] = Counter()
+        for record in records:
+            counts.update(record.counts)
+            dropped.update(record.dropped)
+        shards = tuple(shard for record in records for shard in record.shards)
+        counts["size_bytes"] = sum(shard.size_bytes for shard in shards)
+        values: dict[str, Any] = {
+            **self.header.model_dump(),
+            "counts": dict(counts),
+            "dropped": dict(dropped),
+            "shards": shards,
+        }
+        kind = CacheManifest if isinstance(self.header, CacheHeader) else PremaskedManifest
+        files = [self._file_facts(path) for path in codec_files]
+        readme = card.dataset_card(kind.model_validate({**values, "files": files})).encode()
+        self.store.publish("README.md", readme)
+        files.append(self._file_facts("README.md"))
+        return kind.model_validate({**values, "files": files})
+
+    def _file_facts(self, path: str) -> FileFacts:
+        data = self.store.read_bytes(path)
+        return FileFacts(path=path, size_bytes=len(data), sha256=sha256_hex(data))
+
+    def _check_sizes(self, manifest: Manifest) -> None:
+        for shard in manifest.shards:
+            size_bytes = self.store.size_bytes(shard.path)
+            if size_bytes != shard.size_bytes:
+                raise StorageError(
+                    f"{self.store.url}/{shard.path}: expected {shard.size_bytes} bytes, got "
+                    f"{size_bytes}",
+                    hint=f"remove it and {STATE}/tasks/{shard.task:05d}.json, then run the same "
+                    "command again",
+                )
+
+    def _sweep(self) -> None:
+        """Remove build state and the temporary files that killed writers left."""
+        self.store.remove(STATE)
+        leftovers = [p for p in self.store.list_files("data") if p.endswith(TEMPORARY_SUFFIX)]
+        for path in leftovers:
+            self.store.remove(path)
+        if leftovers:
+            logger.info("removed %d leftovers of interrupted runs", len(leftovers))
+
+    def _require_same(self, present: dict[str, Any]) -> None:
+        mine = self.header.model_dump(mode="json")
+        differing = sorted(_differences(mine, present))
+        if differing:
+            shown = ", ".join(differing[:6]) + (", …" if len(differing) > 6 else "")
+            raise CompatibilityError(
+                f"{self.store.url}: holds another set; differing: {shown}",
+                hint="write to an empty folder, or restore the settings that this one was begun "
+                "with",
+            )
+
+
+def read_manifest(store: Store) -> Manifest:
+    """Read and check the manifest of a set. Raises StorageError or FormatError."""
+    if not store.exists(MANIFEST):
+        unfinished = store.exists(HEADER)
+        raise StorageError(
+            f"{store.url}: no {MANIFEST}"
+            + (": the set is not finished" if unfinished else ": not a cache or premasked set"),
+            hint="run the command that was making it again" if unfinished else None,
+        )
+    return parse_manifest(store.read_bytes(MANIFEST), where=f"{store.url}/{MANIFEST}")
+
+
+def _header_of(manifest: Manifest, kind: type[Header]) -> dict[str, Any]:
+    values = manifest.model_dump(mode="json")
+    return {name: values.get(name) for name in kind.model_fields}
+
+
+def _differences(mine: Any, present: Any, prefix: str = "") -> list[str]:
+    """Return the dotted keys at which two JSON values differ."""
+    if isinstance(mine, dict) and isinstance(present, dict):
+        found = []
+        for key in mine.keys() | present.keys():
+            found += _differences(mine.get(key), present.get(key), f"{prefix}{key}.")
+        return found
+    return [] if mine == present else [prefix.rstrip(".")]
