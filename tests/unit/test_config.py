@@ -10,7 +10,7 @@ from tide_cache.errors import ConfigError
 
 class Inner(StrictModel):
     temperature: float = 2.0
-    tokens: list[int] = []
+    tokens: tuple[int, ...] = ()
 
 
 class Outer(StrictModel):
@@ -29,7 +29,7 @@ def test_reads_and_overrides(tmp_path: Path) -> None:
     path = write(tmp_path, "seed: 1\ninner: {temperature: 1.5}\n")
     config = load_config(path, Outer, ["inner.temperature=3", "maybe.tokens=[1, 2]"])
     assert config.inner.temperature == 3
-    assert config.maybe == Inner(tokens=[1, 2])
+    assert config.maybe == Inner(tokens=(1, 2))
 
 
 @pytest.mark.parametrize(
