@@ -24,12 +24,20 @@ class StrictModel(BaseModel):
 
 
 Config = TypeVar("Config", bound=StrictModel)
+SECTIONS = frozenset({"prepare", "build", "train", "demo"})
 
 
-def load_config(path: str | Path, model: type[Config], overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    path: str | Path,
+    model: type[Config],
+    overrides: Sequence[str] = (),
+    *,
+    section: str | None = None,
+) -> Config:
     """Read a YAML file into `model`, with `overrides` such as `"student.dtype=bfloat16"` on top.
 
-    Raises ConfigError that names file, key, expected and got; unknown keys come with the nearest
+    One file may hold a whole pipeline under the keys `prepare`, `build` and `train`: where it does,
+    only `section` of it is read. Raises ConfigError that names file, key, expected and got; unknown keys come with the nearest
     known one.
     """
     path = Path(path)
@@ -45,9 +53,12 @@ def load_config(path: str | Path, model: type[Config], overrides: Sequence[str] 
         values = {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping of keys, got {type(values).__name__}")
+    where = str(path)
+    if section is not None and values.keys() & SECTIONS:
+        values, where = _take_section(values, section, where), f"{path}: {section}"
     for override in overrides:
         _apply_override(values, override)
-    return parse_config(values, model, where=str(path))
+    return parse_config(values, model, where=where)
 
 
 def parse_config(values: dict[str, Any], model: type[Config], *, where: str) -> Config:
@@ -57,6 +68,18 @@ def parse_config(values: dict[str, Any], model: type[Config], *, where: str) -> 
     except ValidationError as error:
         lines = [_explain(problem, model) for problem in error.errors()]
         raise ConfigError(f"{where}: " + "; ".join(lines)) from error
+
+
+def _take_section(values: dict[str, Any], section: str, where: str) -> dict[str, Any]:
+    unknown = sorted(values.keys() - SECTIONS)
+    if unknown:
+        raise ConfigError(
+            f"{where}: unknown section {unknown[0]!r}{did_you_mean(unknown[0], SECTIONS)}"
+        )
+    if not isinstance(values.get(section), dict):
+        raise ConfigError(f"{where}: expected a section {section!r}, got {', '.join(values)}")
+    chosen: dict[str, Any] = values[section]
+    return chosen
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

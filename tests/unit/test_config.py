@@ -56,3 +56,18 @@ def test_a_missing_file_and_a_bad_override(tmp_path: Path) -> None:
         load_config(tmp_path / "none.yaml", Outer)
     with pytest.raises(ConfigError, match="expected KEY=VALUE"):
         load_config(write(tmp_path, "seed: 1"), Outer, ["seed"])
+
+
+def test_a_pipeline_file_holds_sections(tmp_path: Path) -> None:
+    path = write(tmp_path, "build: {seed: 1}\ntrain: {seed: 2, inner: {temperature: 4}}\n")
+    config = load_config(path, Outer, ["seed=5"], section="train")
+    assert (config.seed, config.inner.temperature) == (5, 4)
+    with pytest.raises(ConfigError, match="expected a section 'prepare', got build, train"):
+        load_config(path, Outer, section="prepare")
+    path = write(tmp_path, "build: {seed: 1}\ntrian: {seed: 2}\n")
+    with pytest.raises(ConfigError, match=r"unknown section 'trian' \(did you mean 'train'"):
+        load_config(path, Outer, section="build")
+    path = write(tmp_path, "train: {sed: 2}\n")
+    with pytest.raises(ConfigError, match=r"config.yaml: train: unknown key 'sed'"):
+        load_config(path, Outer, section="train")
+    assert load_config(write(tmp_path, "seed: 3\n"), Outer, section="train").seed == 3
