@@ -37,8 +37,8 @@ def load_config(
     """Read a YAML file into `model`, with `overrides` such as `"student.dtype=bfloat16"` on top.
 
     One file may hold a whole pipeline under the keys `prepare`, `build` and `train`: where it does,
-    only `section` of it is read. Raises ConfigError that names file, key, expected and got; unknown keys come with the nearest
-    known one.
+    only `section` of it is read. Raises ConfigError that names file, key, expected and got; unknown
+    keys come with the nearest known one.
     """
     path = Path(path)
     try:
@@ -66,7 +66,9 @@ def parse_config(values: dict[str, Any], model: type[Config], *, where: str) -> 
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(problem, model) for problem in error.errors()]
+        # A misspelt key is also a missing one: say first which word was wrong.
+        problems = sorted(error.errors(), key=lambda p: p["type"] != "extra_forbidden")
+        lines = [_explain(problem, model) for problem in problems]
         raise ConfigError(f"{where}: " + "; ".join(lines)) from error
 
 

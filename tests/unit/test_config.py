@@ -68,6 +68,6 @@ def test_a_pipeline_file_holds_sections(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"unknown section 'trian' \(did you mean 'train'"):
         load_config(path, Outer, section="build")
     path = write(tmp_path, "train: {sed: 2}\n")
-    with pytest.raises(ConfigError, match=r"config.yaml: train: unknown key 'sed'"):
+    with pytest.raises(ConfigError, match=r"config\.yaml: train: unknown key 'sed'"):
         load_config(path, Outer, section="train")
     assert load_config(write(tmp_path, "seed: 3\n"), Outer, section="train").seed == 3
