@@ -1,0 +1,1 @@
+"""Stage 2: a student trained from cached shards, without the teacher in memory."""
