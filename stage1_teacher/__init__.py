@@ -1,0 +1,1 @@
+"""Stage 1: chat text -> premasked set -> teacher -> cache shards."""
