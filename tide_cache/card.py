@@ -2,7 +2,7 @@
 
 import yaml
 
-from tide_cache.manifest import CacheManifest, Manifest
+from tide_cache.manifest import CacheManifest, ChunksFacts, Manifest, PayloadFacts
 
 
 def dataset_card(manifest: Manifest) -> str:
@@ -22,13 +22,30 @@ def dataset_card(manifest: Manifest) -> str:
     return "\n".join(lines) + "\n"
 
 
+def describe_payload(facts: PayloadFacts) -> str:
+    """Return a payload in a few words."""
+    if isinstance(facts, ChunksFacts):
+        return f"{facts.name}: one log-prob each, codec {facts.codec} {facts.codec_version}"
+    temperatures = ", ".join(f"{t:g}" for t in facts.temperatures)
+    return (
+        f"{facts.name}: k = {facts.k} of {facts.vocab_size:,} ids, temperatures {temperatures}, "
+        f"codec {facts.codec} {facts.codec_version}"
+    )
+
+
+def entries_count(manifest: Manifest) -> int:
+    """Return how many entries each payload has: payload positions or active chunks."""
+    name = "num_payload_positions" if manifest.alignment == "positions" else "num_active_chunks"
+    return manifest.counts.get(name, 0)
+
+
 def _body(manifest: Manifest) -> list[str]:
     counts = manifest.counts
     title = "Teacher cache" if isinstance(manifest, CacheManifest) else "Premasked set"
     lines = [f"# {title}", ""]
     if isinstance(manifest, CacheManifest):
         teacher = manifest.teacher_model
-        payloads = ", ".join(f"{p.name} (k = {p.k})" for p in manifest.payloads)
+        payloads = ", ".join(describe_payload(payload) for payload in manifest.payloads)
         lines += [
             f"- teacher: `{teacher.name}` ({teacher.dtype}, {teacher.attention} attention)",
             f"- payloads: {payloads}",

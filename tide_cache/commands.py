@@ -88,7 +88,7 @@ def _print_report(report: Report) -> None:
     verdict = "[green]sound[/green]" if report.ok else f"[red]{len(report.problems)} problems[/red]"
     out.print(
         f"{report.url}: {verdict} ({report.kind} {report.identity[:12]}…, {report.num_shards} "
-        f"shards, {report.num_rows:,} rows, {report.num_payload_positions:,} payload positions, "
+        f"shards, {report.num_rows:,} rows, {report.num_payload_entries:,} payload entries, "
         f"{report.size_bytes / 1e6:,.1f} MB)",
         highlight=False,
     )

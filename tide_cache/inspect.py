@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from tide_cache.card import describe_payload, entries_count
 from tide_cache.manifest import CacheManifest, Manifest, identity
 
 
@@ -27,14 +28,15 @@ def summary(manifest: Manifest, *, url: str) -> dict[str, Any]:
         "provenance": manifest.provenance,
     }
     if isinstance(manifest, CacheManifest):
-        positions = counts.get("num_payload_positions", 0)
+        num_entries = entries_count(manifest)
         facts |= {
             "teacher_model": manifest.teacher_model.model_dump(),
             "comp_demo": manifest.comp_demo,
             "payloads": [payload.model_dump(mode="json") for payload in manifest.payloads],
+            "payload_texts": [describe_payload(payload) for payload in manifest.payloads],
             "fidelity": list(manifest.fidelity),
             "premasked_sha256": manifest.premasked_sha256,
-            "bytes_per_payload_position": round(size_bytes / positions, 2) if positions else None,
+            "bytes_per_entry": round(size_bytes / num_entries, 2) if num_entries else None,
             "build_provenance": manifest.build_provenance,
         }
     return facts
@@ -90,16 +92,8 @@ def _cache_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         ("CompDemo", "two passes" if facts["comp_demo"] else "off: one pass"),
     ]
-    for payload in facts["payloads"]:
-        out.append(
-            (
-                "payload",
-                f"{payload['name']}: k = {payload['k']} of {payload['vocab_size']:,} ids, codec "
-                f"{payload['codec']} {payload['codec_version']}, temperatures "
-                f"{', '.join(f'{t:g}' for t in payload['temperatures'])}",
-            )
-        )
-    out.append(("bytes/position", str(facts["bytes_per_payload_position"])))
+    out += [("payload", text) for text in facts["payload_texts"]]
+    out.append(("bytes/entry", f"{facts['bytes_per_entry']} (rows and payloads together)"))
     out.append(("fidelity", "measured" if facts["fidelity"] else "not measured"))
     return out
 

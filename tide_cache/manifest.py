@@ -11,7 +11,7 @@ import json
 import re
 from typing import Annotated, Any, Final, Literal, TypeVar
 
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError, field_validator
 
 from tide_cache.canonical import canonical_json, pretty_json, sha256_hex
 from tide_cache.config import StrictModel
@@ -113,6 +113,17 @@ class CandidatesFacts(StrictModel):
     mean_logits_positions: Count
 
 
+class ChunksFacts(StrictModel):
+    """The `chunks` payload: the teacher's log-prob of each active chunk."""
+
+    name: Literal["chunks"] = "chunks"
+    codec: str
+    codec_version: int = Field(ge=1)
+
+
+PayloadFacts = Annotated[CandidatesFacts | ChunksFacts, Field(discriminator="name")]
+
+
 class Header(StrictModel):
     """What a premasked set is, known before its first row.
 
@@ -142,10 +153,27 @@ class CacheHeader(Header):
     premasked_sha256: Sha256
     comp_demo: bool
     teacher_model: TeacherFacts
-    payloads: tuple[CandidatesFacts, ...] = Field(min_length=1)
+    payloads: tuple[PayloadFacts, ...] = Field(min_length=1, max_length=2)
     fidelity: tuple[dict[str, Any], ...] = ()
     build_config: dict[str, Any]
     build_provenance: dict[str, Any]
+
+    @field_validator("payloads")
+    @classmethod
+    def _each_once(cls, payloads: tuple[PayloadFacts, ...]) -> tuple[PayloadFacts, ...]:
+        if len({payload.name for payload in payloads}) != len(payloads):
+            raise ValueError("expected each payload once")
+        return payloads
+
+    @property
+    def candidates(self) -> CandidatesFacts | None:
+        """The `candidates` payload, if the cache holds it."""
+        return next((p for p in self.payloads if isinstance(p, CandidatesFacts)), None)
+
+    @property
+    def chunks(self) -> ChunksFacts | None:
+        """The `chunks` payload, if the cache holds it."""
+        return next((p for p in self.payloads if isinstance(p, ChunksFacts)), None)
 
 
 class ShardFacts(StrictModel):

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 
-from tide_cache.alignment import Int32Array, check_chunks, check_runs
+from tide_cache.alignment import Int32Array, check_chunks, check_runs, check_whole_chunks
 from tide_cache.bits import pack_bits, unpack_bits
 from tide_cache.errors import DataError, FormatError
 from tide_cache.geometry import BoolArray
@@ -128,7 +128,8 @@ def check_row(
     """Raise DataError, naming the sample and the field, unless every field is in its bounds.
 
     Checks ids against the vocabularies, the mask against the labelled part, halves against the
-    mask, the timestep, the view, and the alignment against both sequences.
+    mask, the timestep, the view, the alignment against both sequences, and that masks and halves
+    hold whole chunks.
     """
     where = f"sample {row.sample_id} view {row.view}"
     num_student, num_teacher = len(row.student_ids_L), len(row.teacher_ids_L)
@@ -159,6 +160,9 @@ def check_row(
         check_runs(row.alignment_RX, row.student_ids_L, row.teacher_ids_L, where=where)
     else:
         check_chunks(row.alignment_RX, num_student, num_teacher, where=where)
+        check_whole_chunks(
+            row.student_mask_L, row.half_a_L, row.alignment_RX, row.prompt_length, where=where
+        )
 
 
 def _check_ids(ids_L: Int32Array, vocab_size: int, where: str, field: str) -> None:

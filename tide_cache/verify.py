@@ -12,10 +12,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from tide_cache.alignment import payload_positions
 from tide_cache.errors import FormatError, TideError
 from tide_cache.manifest import CacheHeader, CacheManifest, Header, Manifest, ShardFacts, identity
-from tide_cache.payloads import candidates
+from tide_cache.payloads import check_payload, num_entries, payload_fields
 from tide_cache.rows import PremaskedRow, check_row, row_fields, table_to_rows
 from tide_cache.shards import open_shard, read_row_groups, read_stamp
 from tide_cache.store import Store
@@ -34,7 +33,7 @@ class Report:
     kind: str
     num_shards: int = 0
     num_rows: int = 0
-    num_payload_positions: int = 0
+    num_payload_entries: int = 0
     size_bytes: int = 0
     problems: list[str] = field(default_factory=list)
 
@@ -52,7 +51,7 @@ def set_schema(header: Header) -> pa.Schema:
     """Return the Arrow schema of the shards that `header` describes."""
     fields = row_fields(header.alignment)
     if isinstance(header, CacheHeader):
-        fields = fields + candidates.payload_fields()
+        fields = fields + payload_fields(header)
     return pa.schema(fields)
 
 
@@ -164,7 +163,7 @@ def check_rows(
             )
             num_positions = _check_payload(row, payloads, index, manifest)
             if report is not None:
-                report.num_payload_positions += num_positions
+                report.num_payload_entries += num_positions
         except TideError as error:
             yield error.message
 
@@ -172,7 +171,7 @@ def check_rows(
 def _payload_columns(table: pa.Table, manifest: Manifest) -> dict[str, list[bytes]]:
     if not isinstance(manifest, CacheManifest):
         return {}
-    return {name: table[name].to_pylist() for name in candidates.COLUMNS}
+    return {field.name: table[field.name].to_pylist() for field in payload_fields(manifest)}
 
 
 def _check_payload(
@@ -180,11 +179,11 @@ def _check_payload(
 ) -> int:
     if not isinstance(manifest, CacheManifest):
         return 0
-    num_positions = len(payload_positions(row.student_mask_L, row.alignment_RX))
+    num = num_entries(row, manifest.alignment)
     columns = {name: values[index] for name, values in payloads.items()}
-    where = f"sample {row.sample_id} view {row.view}"
-    candidates.decode(columns, manifest.payloads[0], num_positions, where=where)
-    return num_positions
+    for facts in manifest.payloads:
+        check_payload(columns, facts, num, where=f"sample {row.sample_id} view {row.view}")
+    return num
 
 
 def _check_totals(
