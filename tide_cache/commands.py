@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from tide_cache.cli import show_error
 from tide_cache.errors import TideError
@@ -60,7 +61,7 @@ def inspect(url: Url, json_output: Json = False) -> None:
         return
     table = Table(title=url, show_header=False, title_justify="left", box=None)
     for label, text in lines(facts):
-        table.add_row(f"[bold]{label}[/bold]", text)
+        table.add_row(Text(label, style="bold"), Text(text))
     Console().print(table)
 
 
@@ -84,7 +85,8 @@ def _verify_with_progress(store: Store) -> Report:
 def _print_report(report: Report) -> None:
     out = Console(soft_wrap=True)
     for problem in report.problems:
-        out.print(f"[red]problem[/red] {problem}", highlight=False)
+        out.print("problem ", style="red", end="")
+        out.print(problem, markup=False, highlight=False)
     verdict = "[green]sound[/green]" if report.ok else f"[red]{len(report.problems)} problems[/red]"
     out.print(
         f"{report.url}: {verdict} ({report.kind} {report.identity[:12]}…, {report.num_shards} "

@@ -198,8 +198,8 @@ class SetWriter:
             shown = ", ".join(differing[:6]) + (", …" if len(differing) > 6 else "")
             raise CompatibilityError(
                 f"{self.store.url}: holds another set; differing: {shown}",
-                hint="write to an empty folder, or restore the settings that this one was begun "
-                "with",
+                hint="write to an empty folder, or restore what this one was begun with"
+                + (" (the program's version included)" if "provenance" in shown else ""),
             )
 
 

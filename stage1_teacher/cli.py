@@ -1,0 +1,168 @@
+"""Stage 1's commands under `tide-cache`. They parse options, report, and leave the work to others.
+
+Results go to stdout (`--json` for programs), progress to stderr.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from tide_cache.config import load_config
+from tide_cache.errors import ConfigError
+from tide_cache.writer import TaskRecord
+
+_DRY_RUN_ROWS = 256
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the config; repeatable."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+
+
+def prepare(
+    config_path: ConfigPath,
+    output: Annotated[
+        str | None,
+        typer.Option("-o", "--output", metavar="DIR", help="Folder or URL of the premasked set."),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes; default: one per processor.")
+    ] = None,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help=f"Encode the first {_DRY_RUN_ROWS} rows, print projected counts, write nothing.",
+        ),
+    ] = False,
+    json_output: Json = False,
+) -> None:
+    """Turn chat data into a premasked set: tokenise, align, draw timesteps, masks and halves.
+
+    Needs no GPU. Safe to kill and to run again: finished tasks are kept. The bytes do not depend
+    on the number of workers.
+
+    [bold]Examples[/bold]
+
+    tide-cache prepare examples/wedlm_to_qwen3.yaml -o runs/premasked
+
+    tide-cache prepare prepare.yaml -o runs/premasked --set seed=7 --set student.max_length=1024
+
+    tide-cache prepare prepare.yaml --dry-run --json | jq .projected_counts
+    """
+    # Imported here: these bring transformers and datasets, for which no other command should wait.
+    from stage1_teacher import prepare_report
+    from stage1_teacher.prepare import dry_run as run_dry
+    from stage1_teacher.prepare import make_plan, run_prepare
+    from stage1_teacher.prepare_config import PrepareConfig
+    from stage1_teacher.progress import RowProgress
+
+    config = load_config(config_path, PrepareConfig, overrides or (), section="prepare")
+    if output is None and not dry_run:
+        raise ConfigError("prepare: expected -o DIR, where the set goes", hint="or --dry-run")
+    plan, encoder = make_plan(config)
+    if dry_run or output is None:
+        seen = run_dry(plan, encoder, _DRY_RUN_ROWS)
+        if json_output:
+            _print_json(prepare_report.dry_run_as_json(plan, seen))
+        else:
+            _print_lines(prepare_report.dry_run_lines(plan, seen))
+        return
+    num_tasks = {"made": 0, "kept": 0}
+    with RowProgress("prepare", len(plan.rows)) as progress:
+
+        def on_task(record: TaskRecord, num_rows: int, was_done: bool) -> None:
+            num_tasks["kept" if was_done else "made"] += 1
+            num_dropped = num_rows - record.counts.get("num_samples", 0)
+            progress.advance(num_rows, num_dropped=num_dropped, was_done=was_done)
+
+        manifest = run_prepare(plan, output, encoder=encoder, num_workers=workers, on_task=on_task)
+    if json_output:
+        _print_json(prepare_report.as_json(manifest, output, num_tasks=num_tasks))
+    else:
+        _print_lines(prepare_report.lines(manifest, output, num_tasks=num_tasks))
+
+
+def build(
+    config_path: ConfigPath,
+    premasked: Annotated[
+        str, typer.Option("-p", "--premasked", metavar="DIR", help="Premasked set to answer.")
+    ],
+    output: Annotated[
+        str | None,
+        typer.Option("-o", "--output", metavar="DIR", help="Folder or URL of the cache."),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes; default: one per GPU, or per processor without one."),
+    ] = None,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, say what would be made, stop.")
+    ] = False,
+    json_output: Json = False,
+) -> None:
+    """Run the teacher over a premasked set, once, and write its answers as a cache.
+
+    Safe to kill and to run again: finished tasks are kept. The bytes do not depend on the number
+    of workers.
+
+    [bold]Examples[/bold]
+
+    tide-cache build examples/wedlm_to_qwen3.yaml -p runs/premasked -o runs/cache
+
+    tide-cache build build.yaml -p runs/premasked -o runs/cache --set candidates.k=32
+
+    tide-cache build build.yaml -p runs/premasked --dry-run --json
+    """
+    # Imported here: these bring torch and transformers, for which no other command should wait.
+    from stage1_teacher import build_report
+    from stage1_teacher.build import run_build
+    from stage1_teacher.build_plan import BuildConfig, make_plan
+    from stage1_teacher.progress import RowProgress
+    from tide_cache.cache import open_cache
+
+    config = load_config(config_path, BuildConfig, overrides or (), section="build")
+    if output is None and not dry_run:
+        raise ConfigError("build: expected -o DIR, where the cache goes", hint="or --dry-run")
+    source = open_cache(premasked)
+    plan = make_plan(config, source, output or "")
+    if dry_run:
+        counts = source.manifest.counts
+        if json_output:
+            _print_json(build_report.dry_run_as_json(plan, counts))
+        else:
+            _print_lines(build_report.dry_run_lines(plan, counts))
+        return
+    num_tasks = {"made": 0, "kept": 0}
+    num_rows = sum(shard.num_rows for shard in source.manifest.shards)
+    with RowProgress("build", num_rows) as progress:
+
+        def on_task(record: TaskRecord, was_done: bool) -> None:
+            num_tasks["kept" if was_done else "made"] += 1
+            progress.advance(record.counts.get("num_rows", 0), was_done=was_done)
+
+        manifest = run_build(plan, num_workers=workers, on_task=on_task)
+    if json_output:
+        _print_json(build_report.as_json(manifest, plan.output_url, num_tasks=num_tasks))
+    else:
+        _print_lines(build_report.lines(manifest, plan.output_url, num_tasks=num_tasks))
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def _print_lines(lines: list[tuple[str, str]]) -> None:
+    console = Console(soft_wrap=True)
+    for label, text in lines:
+        console.print(f"{label:<10}", style="bold", end="")
+        # Names of sources hold brackets, which are no markup.
+        console.print(text, markup=False, highlight=False)

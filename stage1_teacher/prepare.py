@@ -1,0 +1,276 @@
+"""Conversations in, premasked set out: task after task, safe to kill and to run again.
+
+A plan says which rows there are; a task is a range of them and ends as one shard per view. Tasks
+share nothing and every draw is keyed by content, so the bytes depend neither on the number of
+workers nor on which of them took a task. Rows that cannot be used are dropped and counted under
+their reason; rows dropped before encoding (duplicates, caps) are counted with task 0, so that
+rows offered = samples + dropped holds for every set. A GSM8K sample with 4 views takes one core
+1.1 ms where both sides render alike, 2.6 to 2.9 ms where they do not.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from stage1_teacher.encode import Encoder, Side, load_sides
+from stage1_teacher.executors.local import LocalExecutor, Worker, default_num_workers
+from stage1_teacher.outside_rows import OutsideReader, OutsideRows, index_rows
+from stage1_teacher.premask import Noising, alignment_kind, draw_rows
+from stage1_teacher.prepare_config import PrepareConfig
+from stage1_teacher.prepare_plan import RowPlan, TaskRows, no_rows_left, plan_rows, task_range
+from stage1_teacher.sources import Conversation, Dropped, sample_id
+from tide_cache import provenance
+from tide_cache.alignment import chunk_active, payload_positions
+from tide_cache.errors import DataError
+from tide_cache.manifest import Header, Manifest, NoisingFacts
+from tide_cache.rows import PremaskedRow, rows_to_table
+from tide_cache.shards import shard_bytes
+from tide_cache.store import Store
+from tide_cache.writer import STATE, SetWriter, TaskRecord
+
+logger = logging.getLogger(__name__)
+_PACKAGES = ("numpy", "pyarrow", "transformers", "tokenizers", "datasets")
+RowMaker = Callable[[range], TaskRows]
+OnTask = Callable[[TaskRecord, int, bool], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class PreparePlan:
+    """What `prepare` will make, decided before the first row is encoded; picklable."""
+
+    config: PrepareConfig
+    rows: RowPlan | OutsideRows
+    header: Header
+
+    @property
+    def num_tasks(self) -> int:
+        """How many ranges of `samples_per_shard` rows there are."""
+        return -(-len(self.rows) // self.config.samples_per_shard)
+
+    def task_rows(self, task: int) -> range:
+        """The rows of a task."""
+        return task_range(task, self.config.samples_per_shard, len(self.rows))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Projection:
+    """What a dry run saw: `record` of the first rows, and their share of all rows."""
+
+    record: TaskRecord
+    num_rows_read: int
+    num_rows: int
+
+    def scaled(self, count: int) -> int:
+        """Project a count of the rows read to all rows."""
+        return round(count * self.num_rows / self.num_rows_read)
+
+
+def make_plan(config: PrepareConfig) -> tuple[PreparePlan, Encoder]:
+    """Load tokenizers, read every source once and decide rows and header.
+
+    Raises ConfigError and DataError for whatever is wrong with the config or a source as a whole.
+    """
+    student, teacher = load_sides(config)
+    encoder = Encoder(config, student, teacher)
+    rows: RowPlan | OutsideRows
+    if config.premasked is not None:
+        rows = index_rows(config.premasked, alignment=config.alignment, num_views=config.num_views)
+    else:
+        rows = plan_rows(config)
+    header = Header(
+        alignment=config.alignment,
+        num_views=config.num_views,
+        block_size=config.block_size,
+        student=student.facts,
+        teacher=teacher.facts,
+        shared_vocab_size=encoder.shared_vocab_size,
+        noising=NoisingFacts(
+            drawn=config.premasked is None,
+            seed=config.seed,
+            num_timesteps=config.timesteps.num,
+            t_min=config.timesteps.min,
+            t_max=config.timesteps.max,
+            demo_ratio=config.demo_ratio,
+        ),
+        sources=rows.facts,
+        config=_resolved(config, student, teacher),
+        provenance=provenance.collect("tide-cache prepare", _PACKAGES),
+    )
+    return PreparePlan(config=config, rows=rows, header=header), encoder
+
+
+def run_prepare(
+    plan: PreparePlan,
+    output_url: str,
+    *,
+    encoder: Encoder | None = None,
+    num_workers: int | None = None,
+    on_task: OnTask | None = None,
+) -> Manifest:
+    """Make whatever is missing of the planned set and return its manifest.
+
+    `on_task(record, num_rows, was_done)` is called for every task, those of an earlier run
+    included; `encoder` saves loading the tokenizers again when there is one worker. Raises
+    CompatibilityError when the folder holds another set, DataError when every row was dropped,
+    StorageError when a disk is full.
+    """
+    writer = SetWriter(Store(output_url), plan.header)
+    complete = writer.begin()
+    if complete is not None:
+        logger.info("%s is complete already", output_url)
+        return complete
+    records = writer.finished_tasks()
+    report = on_task or (lambda record, num_rows, was_done: None)
+    for record in records.values():
+        report(record, len(plan.task_rows(record.task)), True)
+
+    def finished(task: int, record: TaskRecord) -> None:
+        records[task] = record
+        report(record, len(plan.task_rows(task)), False)
+
+    tasks = range(plan.num_tasks)
+    workers = min(num_workers or default_num_workers(), plan.num_tasks)
+    maker = _WorkerMaker(
+        plan=plan, output_url=output_url, encoder=encoder if workers == 1 else None
+    )
+    executor: LocalExecutor[TaskRecord] = LocalExecutor(maker, workers)
+    executor.run([task for task in tasks if task not in records], finished)
+    if not any(record.shards for record in records.values()):
+        # Nothing was written that another config could not write: leave the folder free for it.
+        writer.store.remove(STATE)
+        raise no_rows_left(output_url, _total_dropped(records.values()))
+    return writer.finish(tasks)
+
+
+def dry_run(plan: PreparePlan, encoder: Encoder, num_rows: int) -> Projection:
+    """Make the first `num_rows` rows in memory and count them; nothing is written."""
+    first = range(min(num_rows, len(plan.rows)))
+    made = _row_maker(plan, encoder)(first)
+    counts = Counter(made.counts)
+    counts.update(count_rows(made.rows_V))
+    for view, rows in enumerate(made.rows_V):
+        table = rows_to_table(list(rows), plan.config.alignment)
+        counts["size_bytes"] += len(shard_bytes(table, plan.header, task=0, view=view))
+    record = TaskRecord(task=0, shards=(), counts=dict(counts), dropped=dict(made.dropped))
+    return Projection(record=record, num_rows_read=len(first), num_rows=len(plan.rows))
+
+
+def count_rows(rows_V: Sequence[Sequence[PremaskedRow]]) -> Counter[str]:
+    """Count what a manifest says of rows: samples, rows, positions, masks, payload entries."""
+    counts: Counter[str] = Counter(num_samples=len(rows_V[0]))
+    for row in (row for rows in rows_V for row in rows):
+        counts["num_rows"] += 1
+        counts["num_positions"] += len(row.student_ids_L)
+        counts["num_labelled_positions"] += len(row.student_ids_L) - row.prompt_length
+        counts["num_masked_positions"] += int(row.student_mask_L.sum())
+        counts["num_rows_without_mask"] += not row.student_mask_L.any()
+        if alignment_kind(row.alignment_RX) == "positions":
+            positions_P = payload_positions(row.student_mask_L, row.alignment_RX)
+            counts["num_payload_positions"] += len(positions_P)
+        else:
+            active_C = chunk_active(row.student_mask_L, row.alignment_RX, row.prompt_length)
+            counts["num_active_chunks"] += int(active_C.sum())
+    return counts
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _WorkerMaker:
+    """Makes the worker of a process; picklable when it carries no encoder."""
+
+    plan: PreparePlan
+    output_url: str
+    encoder: Encoder | None
+
+    def __call__(self, slot: int) -> Worker[TaskRecord]:
+        encoder = self.encoder or Encoder(self.plan.config, *load_sides(self.plan.config))
+        make_rows = _row_maker(self.plan, encoder)
+        writer = SetWriter(Store(self.output_url), self.plan.header)
+
+        def work(task: int) -> TaskRecord:
+            made = make_rows(self.plan.task_rows(task))
+            counts, dropped = Counter(made.counts), Counter(made.dropped)
+            counts.update(count_rows(made.rows_V))
+            if task == 0:
+                dropped.update(self.plan.rows.dropped)
+            return writer.publish_task(
+                task,
+                [rows_to_table(list(rows), self.plan.config.alignment) for rows in made.rows_V],
+                counts=counts,
+                dropped=dropped,
+            )
+
+        return work
+
+
+def _row_maker(plan: PreparePlan, encoder: Encoder) -> RowMaker:
+    if isinstance(plan.rows, OutsideRows):
+        header = plan.header
+        return OutsideReader(plan.rows, plan.config, header.student, header.teacher).read
+    return _ConversationRows(plan.rows, plan.config, encoder).make
+
+
+class _ConversationRows:
+    """Reads, encodes and masks ranges of a row plan."""
+
+    def __init__(self, rows: RowPlan, config: PrepareConfig, encoder: Encoder) -> None:
+        self._rows = rows
+        self._encoder = encoder
+        self._noising = Noising(
+            seed=config.seed,
+            num_views=config.num_views,
+            grid_G=config.timesteps.grid(),
+            demo_ratio=config.demo_ratio,
+        )
+
+    def make(self, rows: range) -> TaskRows:
+        counts: Counter[str] = Counter()
+        dropped: Counter[str] = Counter()
+        rows_V: list[list[PremaskedRow]] = [[] for _ in range(self._noising.num_views)]
+        for source, conversation in self._read(rows):
+            assert isinstance(conversation, Conversation)  # the plan holds usable rows only
+            identity = sample_id(conversation.messages)
+            try:
+                encoded = self._encoder.encode(
+                    conversation.messages, sample_id=identity, source=source
+                )
+            except DataError as error:
+                dropped[error.reason] += 1
+                logger.info("%s: sample %s dropped (%s): %s", source, identity, error.reason, error)
+                continue
+            counts += encoded.counts
+            for view, row in enumerate(draw_rows(encoded.sample, self._noising)):
+                rows_V[view].append(row)
+        return TaskRows(rows_V=rows_V, counts=counts, dropped=dropped)
+
+    def _read(self, rows: range) -> list[tuple[str, Conversation | Dropped]]:
+        """Read rows of the plan in order, each source's together."""
+        source_index_R = self._rows.source_index_R[rows.start : rows.stop]
+        row_index_R = self._rows.row_index_R[rows.start : rows.stop]
+        found: list[tuple[str, Conversation | Dropped]] = [("", Dropped(reason=""))] * len(rows)
+        for index in np.unique(source_index_R).tolist():
+            source = self._rows.sources[index]
+            places = np.flatnonzero(source_index_R == index)
+            conversations = source.conversations(row_index_R[places].tolist())
+            for place, conversation in zip(places.tolist(), conversations, strict=True):
+                found[place] = (source.name, conversation)
+        return found
+
+
+def _resolved(config: PrepareConfig, student: Side, teacher: Side) -> dict[str, Any]:
+    """Return the config with nothing left to defaults: the templates' text stands in it."""
+    values = config.model_dump(mode="json")
+    values["teacher"] = config.teacher_side.model_dump(mode="json")
+    values["student"]["chat_template"] = student.chat_template
+    values["teacher"]["chat_template"] = teacher.chat_template
+    return values
+
+
+def _total_dropped(records: Iterable[TaskRecord]) -> Counter[str]:
+    total: Counter[str] = Counter()
+    for record in records:
+        total.update(record.dropped)
+    return total

@@ -1,0 +1,84 @@
+"""Progress of a long command on stderr: a bar on a terminal, plain lines elsewhere.
+
+A log file of a cluster job should neither be silent for hours nor hold a redrawn bar, so without a
+terminal a line is written at most every `_SECONDS_BETWEEN_LINES`, and one at the end.
+"""
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class RowProgress:
+    """Counts rows that are done; use as a context manager.
+
+    Rows of an earlier run (`advance(..., was_done=True)`) count for the total, not for the speed.
+    """
+
+    def __init__(self, title: str, num_rows: int, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True, soft_wrap=True)
+        self._title = title
+        self._num_rows = num_rows
+        self._num_done = self._num_skipped = self._num_dropped = 0
+        self._begun_s = self._last_line_s = time.monotonic()
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[detail]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task(title, total=num_rows, detail="")
+
+    def __enter__(self) -> "RowProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+        if kind is None and self._num_done:
+            self._line()
+
+    def advance(self, num_rows: int, *, num_dropped: int = 0, was_done: bool = False) -> None:
+        """Count rows as done."""
+        self._num_done += num_rows
+        self._num_skipped += num_rows if was_done else 0
+        self._num_dropped += num_dropped
+        self._bar.update(self._task, advance=num_rows, detail=self._detail())
+        if not self._console.is_terminal:
+            now_s = time.monotonic()
+            if now_s - self._last_line_s >= _SECONDS_BETWEEN_LINES:
+                self._last_line_s = now_s
+                self._line()
+
+    def _rows_per_s(self) -> float:
+        elapsed_s = max(time.monotonic() - self._begun_s, 1e-6)
+        return (self._num_done - self._num_skipped) / elapsed_s
+
+    def _detail(self) -> str:
+        parts = [f"{self._rows_per_s():,.0f} rows/s", f"{self._num_dropped:,} dropped"]
+        if self._num_skipped:
+            parts.append(f"{self._num_skipped:,} from an earlier run")
+        return ", ".join(parts)
+
+    def _line(self) -> None:
+        left = self._num_rows - self._num_done
+        speed = self._rows_per_s()
+        eta = f", {left / speed:,.0f} s left" if left and speed else ""
+        self._console.print(
+            f"{self._title}: {self._num_done:,} of {self._num_rows:,} rows, {self._detail()}{eta}",
+            highlight=False,
+            markup=False,
+        )
