@@ -1,0 +1,279 @@
+"""`tide-cache build` as a process: same bytes for any workers and after SIGKILL, and bad input."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.builders import (
+    all_files,
+    chat_rows,
+    command,
+    command_environment,
+    make_tokenizer,
+    run_command,
+    write_chat_jsonl,
+    write_yaml,
+)
+from tests.teacher_checkpoints import make_model, write_checkpoint
+from tide_cache.cache import open_cache
+from tide_cache.manifest import CacheManifest
+from tide_cache.store import Store
+from tide_cache.verify import verify_set
+
+NUM_SAMPLES = 40
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tokenizer, a teacher, a premasked set of five tasks, a config and a cache."""
+    folder = tmp_path_factory.mktemp("build")
+    tokenizer = make_tokenizer(folder)
+    model = make_model("qwen3", vocab_size=448, max_position_embeddings=512)
+    write_checkpoint(folder / "teacher", "qwen3", model)
+    for path in tokenizer.iterdir():
+        shutil.copy(path, folder / "teacher" / path.name)
+    write_chat_jsonl(folder / "chat.jsonl", chat_rows(NUM_SAMPLES))
+    write_yaml(
+        folder / "pipeline.yaml",
+        {
+            "prepare": {
+                "sources": str(folder / "chat.jsonl"),
+                "student": {"tokenizer": str(tokenizer), "max_length": 128},
+                "block_size": 8,
+                "num_views": 2,
+                "samples_per_shard": 8,
+            },
+            "build": {
+                "teacher": {
+                    "model": str(folder / "teacher"),
+                    "dtype": "float32",
+                    "block_size": 8,
+                    "token_budget": 512,
+                },
+                "candidates": {"k": 12, "mean_logits_positions": 100},
+            },
+        },
+    )
+    config = folder / "pipeline.yaml"
+    succeed("prepare", config, "-o", folder / "premasked", "--workers", "1")
+    succeed("build", config, "-p", folder / "premasked", "-o", folder / "cache", "--workers", "1")
+    return folder
+
+
+def succeed(*arguments: str | Path) -> str:
+    done = run_command(*arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def build(ground: Path, output: Path, *more: str | Path, premasked: Path | None = None) -> Any:
+    return run_command(
+        "build",
+        ground / "pipeline.yaml",
+        "-p",
+        premasked or ground / "premasked",
+        "-o",
+        output,
+        "--workers",
+        "1",
+        *more,
+    )
+
+
+def copy_of_premasked(ground: Path, tmp_path: Path) -> Path:
+    shutil.copytree(ground / "premasked", tmp_path / "premasked")
+    return tmp_path / "premasked"
+
+
+def test_the_cache_is_sound_and_says_what_it_is(ground: Path) -> None:
+    report = verify_set(Store(ground / "cache"))
+    assert report.ok, report.problems
+    cache = open_cache(ground / "cache")
+    manifest = cache.manifest
+    assert isinstance(manifest, CacheManifest)
+    assert manifest.candidates is not None
+    assert manifest.candidates.mean_logits_positions >= 100
+    assert manifest.counts["num_samples"] == cache.num_samples
+    assert manifest.counts["num_payload_positions"] == report.num_payload_entries > 100
+    assert not (ground / "cache/_build").exists()
+    assert "Token ids are text" in (ground / "cache/README.md").read_text()
+
+
+def test_datasets_reads_the_folder(ground: Path, tmp_path: Path) -> None:
+    import datasets
+
+    rows = datasets.load_dataset(str(ground / "cache"), cache_dir=str(tmp_path))["train"]
+    assert len(rows) == open_cache(ground / "cache").manifest.counts["num_rows"]
+    assert {"student_ids", "cand_ids"} <= set(rows.column_names)
+
+
+def test_three_workers_write_the_same_bytes(ground: Path, tmp_path: Path) -> None:
+    succeed(
+        "build",
+        ground / "pipeline.yaml",
+        "-p",
+        ground / "premasked",
+        "-o",
+        tmp_path / "three",
+        "--workers",
+        "3",
+    )
+    assert all_files(tmp_path / "three") == all_files(ground / "cache")
+
+
+@pytest.mark.parametrize("num_tasks_done", [0, 1, 3])
+def test_a_killed_build_goes_on_and_ends_with_the_same_bytes(
+    ground: Path, tmp_path: Path, num_tasks_done: int
+) -> None:
+    output = tmp_path / "cache"
+    arguments = ("build", ground / "pipeline.yaml", "-p", ground / "premasked", "-o", output)
+    process = subprocess.Popen(
+        command(*arguments, "--workers", "1"),
+        env=command_environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline_s = time.monotonic() + 120
+    while time.monotonic() < deadline_s and process.poll() is None:
+        begun = (output / "_build/header.json").exists()
+        if begun and len(list(output.glob("_build/tasks/*.json"))) >= num_tasks_done:
+            break
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    killed_early = not (output / "manifest.json").exists()
+    out = succeed(*arguments, "--workers", "1", "--json")
+    assert all_files(output) == all_files(ground / "cache")
+    if killed_early:
+        assert json.loads(out)["num_tasks"]["kept"] >= num_tasks_done
+
+
+def test_running_a_finished_build_again_does_nothing(ground: Path, tmp_path: Path) -> None:
+    shutil.copytree(ground / "cache", tmp_path / "cache")
+    done = build(ground, tmp_path / "cache")
+    assert done.returncode == 0
+    assert "nothing to do" in done.stdout
+    assert all_files(tmp_path / "cache") == all_files(ground / "cache")
+
+
+def test_another_config_is_refused_by_key(ground: Path, tmp_path: Path) -> None:
+    shutil.copytree(ground / "cache", tmp_path / "cache")
+    done = build(ground, tmp_path / "cache", "--set", "candidates.k=13")
+    assert done.returncode == 1
+    assert "holds another set; differing: build_config.candidates.k, payloads" in done.stderr
+
+
+def test_dry_run_writes_nothing(ground: Path, tmp_path: Path) -> None:
+    done = build(ground, tmp_path / "cache", "--dry-run", "--json")
+    plan = json.loads(done.stdout)
+    assert plan["num_tasks"] == 5
+    assert plan["payload_bytes_before_compression"] > 0
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "exit_code", "message"),
+    [
+        ("candidates.k=100000", 2, "candidates.k: expected at most the 4"),
+        ("candidates.temperatures=[0]", 2, "candidates.temperatures.0"),
+        ("candidates.temperatures=[2, 2]", 2, "expected each temperature once"),
+        ("candidates.vocab_size=100000", 2, "leading ids are shared by both tokenizers"),
+        ("teacher.block_size=16", 1, "teacher.block_size: the premasked set is cut into blocks"),
+        ("teacher.model=/nowhere", 1, "/nowhere"),
+        ("teacher.modl=x", 2, "unknown key 'teacher.modl' (did you mean 'model'?)"),
+        ("candidates.kk=3", 2, "unknown key 'candidates.kk' (did you mean 'k'?)"),
+        ("comp_demmo=true", 2, "unknown key 'comp_demmo' (did you mean 'comp_demo'?)"),
+    ],
+)
+def test_a_config_that_cannot_be_built_is_refused(
+    ground: Path, tmp_path: Path, override: str, exit_code: int, message: str
+) -> None:
+    done = build(ground, tmp_path / "cache", "--set", override)
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.returncode == exit_code or override.startswith("teacher.model")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(ground: Path, tmp_path: Path) -> None:
+    shutil.copytree(ground / "teacher", tmp_path / "teacher")
+    other = make_tokenizer(tmp_path, vocab_size=400, name="other")
+    for path in other.iterdir():
+        shutil.copy(path, tmp_path / "teacher" / path.name)
+    done = build(ground, tmp_path / "cache", "--set", f"teacher.model={tmp_path / 'teacher'}")
+    assert done.returncode == 1
+    assert "teacher.model: teacher: tokenizer: expected" in done.stderr
+    assert "prepare the set again with teacher.tokenizer" in done.stderr
+
+
+def test_a_truncated_premasked_shard_is_named_and_nothing_is_lost(
+    ground: Path, tmp_path: Path
+) -> None:
+    premasked = copy_of_premasked(ground, tmp_path)
+    shard = premasked / "data/view-01/00003.parquet"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-50])
+    done = build(ground, tmp_path / "cache", premasked=premasked)
+    assert done.returncode == 1
+    assert "shard data/view-01/00003.parquet: expected" in done.stderr
+    finished = list((tmp_path / "cache/_build/tasks").glob("*.json"))
+    assert len(finished) == 3, "tasks before the damage are kept"
+    shard.write_bytes(whole)
+    done = build(ground, tmp_path / "cache", premasked=premasked)
+    assert done.returncode == 0, done.stderr
+    assert all_files(tmp_path / "cache") == all_files(ground / "cache")
+
+
+def test_a_changed_byte_of_a_premasked_shard_is_named(ground: Path, tmp_path: Path) -> None:
+    premasked = copy_of_premasked(ground, tmp_path)
+    shard = premasked / "data/view-00/00000.parquet"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 4
+    shard.write_bytes(data)
+    done = build(
+        ground, tmp_path / "c", "--set", "candidates.mean_logits_positions=0", premasked=premasked
+    )
+    assert done.returncode == 1
+    assert "shard data/view-00/00000.parquet: sha256 mismatch (expected" in done.stderr
+
+
+def test_a_cache_is_no_premasked_set(ground: Path, tmp_path: Path) -> None:
+    done = build(ground, tmp_path / "c", premasked=ground / "cache")
+    assert done.returncode == 1
+    assert "expected a premasked set, got a cache" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounts a small tmpfs")
+def test_a_full_disk_is_named_and_the_build_goes_on_when_there_is_room(
+    ground: Path, tmp_path: Path
+) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)],
+        capture_output=True,
+        check=False,
+    )
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a tmpfs here: {mounted.stderr.decode().strip()}")
+    try:
+        done = build(ground, small / "cache")
+        assert done.returncode == 1
+        assert "the disk is full" in done.stderr
+        assert "run the same command again" in done.stderr
+        assert not list(small.rglob("*.tmp")), "no half-written file is left"
+        subprocess.run(["mount", "-o", "remount,size=64m", str(small)], check=True)
+        done = build(ground, small / "cache")
+        assert done.returncode == 0, done.stderr
+        assert all_files(small / "cache") == all_files(ground / "cache")
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
