@@ -1,0 +1,105 @@
+"""The `tide-train` command: one config, one cache, one student.
+
+Torch is imported after the arguments are read, so that `--help` and a misspelt option answer at
+once, and its absence is one line with the install command.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tide_cache.cli import INSTALL_HINT, make_app, run
+from tide_cache.errors import TideError
+
+app = make_app("tide-train", "Train a student from a teacher cache.")
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file, see examples/.")],
+    cache: Annotated[str, typer.Option(help="Folder or URL of a cache or premasked set.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key.")
+    ] = None,
+    resume: Annotated[
+        str, typer.Option(help="auto: the newest checkpoint; never; or a checkpoint's folder.")
+    ] = "auto",
+    dry_run: Annotated[bool, typer.Option(help="Check everything, print the plan, stop.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Train a student from a teacher cache, or go on with a run that was stopped.
+
+    The same command resumes: it goes on from the newest checkpoint in the config's output folder.
+
+    [bold]Examples[/bold]
+
+    tide-train examples/wedlm_to_qwen3.yaml --cache runs/cache
+
+    tide-train student.yaml --cache runs/cache --dry-run
+
+    tide-train student.yaml --cache runs/cache --set optimizer.learning_rate=1e-4 --set seed=3
+
+    accelerate launch --num_processes 8 -m stage2_student student.yaml --cache runs/cache
+    """
+    try:
+        _run(config, cache, overrides or [], resume, dry_run, json_output)
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "transformers", "accelerate", "safetensors"):
+            raise
+        raise TideError(
+            f"tide-train needs {error.name}, which is not installed",
+            hint=INSTALL_HINT["stage2_student"],
+        ) from error
+
+
+def _run(
+    config_path: Path,
+    cache: str,
+    overrides: list[str],
+    resume: str,
+    dry_run: bool,
+    json_output: bool,
+) -> None:
+    from accelerate import PartialState
+
+    from stage2_student.config import TrainConfig
+    from stage2_student.plan import describe, open_run
+    from stage2_student.progress import make_progress
+    from stage2_student.trainer import train as run_training
+    from tide_cache.config import load_config
+
+    config = load_config(config_path, TrainConfig, overrides, section="train")
+    if dry_run:
+        _show("plan", describe(open_run(config, cache)), json_output)
+        return
+    summary = run_training(config, cache, resume=resume, progress=make_progress())
+    if PartialState().is_main_process:
+        _show("trained", summary.as_json(), json_output)
+
+
+def _show(title: str, facts: dict[str, Any], json_output: bool) -> None:
+    if json_output:
+        sys.stdout.write(json.dumps(facts, indent=2) + "\n")
+        return
+    table = Table(title=title, show_header=False, title_justify="left", box=None)
+    for name, value in facts.items():
+        table.add_row(f"[bold]{name}[/bold]", _text(value))
+    Console().print(table)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_text(v)}" for k, v in value.items())
+    if isinstance(value, float):
+        return f"{value:,.4g}" if value < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def main() -> None:
+    """Run `tide-train`."""
+    run(app)

@@ -1,0 +1,192 @@
+"""How well a student fills in masked tokens: NLL, and KL to the teacher, over a held-out set.
+
+Both are means over masked positions at temperature 1, whole and by timestep, because a figure at
+t = 0.1 (nearly everything in sight) and one at 0.9 say different things. The KL runs over the ids
+that both models share; it is exact where the cache holds the whole vocabulary (k = V) and rests on
+the rebuilt tail elsewhere, and it is None where the set has no payload or no temperature 1.
+
+Shapes: P masked positions, Q those with a payload, V ids, N timestep buckets.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional
+
+from stage2_student.attention import AttentionMasks
+from stage2_student.batches import Batch, BatchReader
+from stage2_student.compatibility import candidates_facts, candidates_reading
+from stage2_student.losses import kl_per_position
+from stage2_student.objective import at_candidates
+from stage2_student.student import Student
+from stage2_student.teacher_rows import TeacherReading
+from tide_cache.cache import Cache
+from tide_cache.config import StrictModel
+from tide_cache.errors import CompatibilityError
+
+if TYPE_CHECKING:
+    from transformers import Qwen3ForCausalLM
+
+logger = logging.getLogger(__name__)
+NUM_BUCKETS = 4
+
+
+class EvaluationConfig(StrictModel):
+    """A held-out set, and when the student is measured on it."""
+
+    cache: str | None = Field(None, description="folder or URL of a cache or premasked set")
+    every: int | None = Field(None, ge=1, description="steps; default: at the end only")
+    batch_size: int = Field(64, ge=1)
+    max_samples: int | None = Field(None, ge=1, description="the first so many; default: all")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Figures:
+    """Means over `num_positions` masked positions in nats; None where there is nothing to average.
+
+    `kl` is KL(teacher || student) over the `num_payload_positions` with a payload.
+    """
+
+    nll: float | None
+    kl: float | None
+    num_positions: int
+    num_payload_positions: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation(Figures):
+    """The figures of a whole set, and of each quarter of the timesteps, by name `t0.00-0.25`."""
+
+    by_timestep: dict[str, Figures]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the figures as nested JSON values."""
+        return asdict(self)
+
+    def as_metrics(self) -> dict[str, float]:
+        """Return the figures that exist, flat, with names for `metrics.jsonl`."""
+        named = {"": self, **{f"/{name}": figures for name, figures in self.by_timestep.items()}}
+        found = {
+            f"eval/{what}{suffix}": getattr(figures, what)
+            for suffix, figures in named.items()
+            for what in ("nll", "kl")
+        }
+        return {name: value for name, value in found.items() if value is not None}
+
+
+@torch.no_grad()
+def evaluate(
+    model: "Qwen3ForCausalLM | Student",
+    cache: Cache,
+    *,
+    batch_size: int = 64,
+    views: Sequence[int] | None = None,
+    max_samples: int | None = None,
+    mask_token_id: int | None = None,
+) -> Evaluation:
+    """Measure a model on the first `max_samples` samples of some views (default: all of both).
+
+    `mask_token_id` defaults to what the set says. Raises CompatibilityError when neither says it,
+    FormatError or DataError on damaged rows. Leaves the model in the mode in which it came.
+    """
+    student = model if isinstance(model, Student) else Student(model)
+    reader = _reader(student, cache, mask_token_id)
+    sums = _Sums()
+    was_training = student.training
+    student.eval()
+    try:
+        num_samples = min(max_samples or cache.num_samples, cache.num_samples)
+        rows = torch.arange(num_samples).numpy()
+        for view in range(cache.num_views) if views is None else views:
+            for start in range(0, num_samples, batch_size):
+                batch = reader.read(view, rows[start : start + batch_size])
+                sums.add(batch, *_measure(student, batch.to(student.head_VD.device)))
+    finally:
+        student.train(was_training)
+    return sums.evaluation()
+
+
+def _measure(student: Student, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    """Return NLL (P,) and KL (Q,) of a batch, or None without a teacher; float32."""
+    hidden_PD = student(
+        batch.input_ids_BS, batch.position_ids_1S, batch.attention_mask, batch.masked_index_P
+    )
+    logits_PV = functional.linear(hidden_PD, student.head_VD).float()
+    nll_P = functional.cross_entropy(logits_PV, batch.labels_P, reduction="none")
+    teacher = batch.teacher.candidates
+    if teacher is None:
+        return nll_P, None
+    return nll_P, kl_per_position(at_candidates(logits_PV, batch), teacher, temperature=1.0)
+
+
+class _Sums:
+    """Sums of both figures by timestep bucket, in float64."""
+
+    def __init__(self) -> None:
+        self._sum_2N = torch.zeros(2, NUM_BUCKETS, dtype=torch.float64)
+        self._count_2N = torch.zeros(2, NUM_BUCKETS, dtype=torch.int64)
+
+    def add(self, batch: Batch, nll_P: Tensor, kl_Q: Tensor | None) -> None:
+        self._add(0, batch.timestep_P, nll_P)
+        if kl_Q is not None:
+            self._add(1, batch.timestep_P[batch.teacher.index_Q], kl_Q)
+
+    def _add(self, figure: int, timestep_X: Tensor, value_X: Tensor) -> None:
+        bucket_X = (timestep_X.cpu() * NUM_BUCKETS).long().clamp_max(NUM_BUCKETS - 1)
+        self._sum_2N[figure].index_add_(0, bucket_X, value_X.double().cpu())
+        self._count_2N[figure].index_add_(0, bucket_X, torch.ones_like(bucket_X))
+
+    def evaluation(self) -> Evaluation:
+        by_timestep = {
+            f"t{i / NUM_BUCKETS:.2f}-{(i + 1) / NUM_BUCKETS:.2f}": Figures(
+                **self._of(slice(i, i + 1))
+            )
+            for i in range(NUM_BUCKETS)
+        }
+        return Evaluation(**self._of(slice(None)), by_timestep=by_timestep)
+
+    def _of(self, buckets: slice) -> dict[str, Any]:
+        sums = self._sum_2N[:, buckets].sum(dim=1).tolist()
+        counts = self._count_2N[:, buckets].sum(dim=1).tolist()
+        nll, kl = (s / n if n else None for s, n in zip(sums, counts, strict=True))
+        return {
+            "nll": nll,
+            "kl": kl,
+            "num_positions": counts[0],
+            "num_payload_positions": counts[1],
+        }
+
+
+def _reader(student: Student, cache: Cache, mask_token_id: int | None) -> BatchReader:
+    manifest = cache.manifest
+    if mask_token_id is None:
+        mask_token_id = manifest.student.mask_token_id
+    if mask_token_id is None:
+        raise CompatibilityError(
+            f"{cache.url}: student.mask_token_id: not known to this set",
+            hint="pass mask_token_id",
+        )
+    masks = AttentionMasks(
+        block_size=manifest.block_size,
+        implementation=student.model.config._attn_implementation,
+        device=student.head_VD.device,
+    )
+    return BatchReader(cache, masks=masks, mask_token_id=mask_token_id, teacher=_teacher(cache))
+
+
+def _teacher(cache: Cache) -> TeacherReading | None:
+    facts = candidates_facts(cache.manifest)
+    if facts is None:
+        return None
+    if 1.0 not in facts.temperatures:
+        logger.warning("%s: no temperature 1 in the build: KL is not measured", cache.url)
+        return None
+    return TeacherReading(
+        alignment=cache.manifest.alignment,
+        candidates=candidates_reading(cache, facts, tail="auto"),
+    )

@@ -1,0 +1,340 @@
+"""The training loop: read a step's batches, update, report, evaluate, save.
+
+Everything that a step depends on is a function of its number (rows, view, learning rate, lambda,
+seed), so a run is resumed by counting: load the newest checkpoint, cut the metrics behind it, go
+on. What one update is stands in `update`; what may be refused beforehand in `plan`.
+"""
+
+import json
+import logging
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from stage2_student import checkpoints
+from stage2_student.attention import AttentionMasks, attention_implementation
+from stage2_student.batches import BatchReader
+from stage2_student.checkpoints import Checkpoint
+from stage2_student.compatibility import teacher_reading
+from stage2_student.config import TrainConfig, deciding_keys
+from stage2_student.evaluate import Evaluation, evaluate
+from stage2_student.metrics import METRICS_FILE, MetricsFile, Tracker, open_trackers
+from stage2_student.optimizer import load_optimizer, save_optimizer
+from stage2_student.plan import OpenRun, open_run
+from stage2_student.progress import NoProgress, TrainProgress
+from stage2_student.released_format import save_released
+from stage2_student.schedules import lambda_train
+from stage2_student.stream import StepBatches, StepStream, StreamState
+from stage2_student.student import Student, load_model, load_student
+from stage2_student.student_source import read_model_config
+from stage2_student.update import StepCounts, StepOutcome, Updater, make_accelerator
+from tide_cache.canonical import pretty_json
+from tide_cache.errors import TideError
+
+if TYPE_CHECKING:
+    from transformers import Qwen3ForCausalLM
+
+logger = logging.getLogger(__name__)
+FINAL = "final"
+SUMMARY_FILE = "summary.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainSummary:
+    """What a run came to. `seconds` and `tokens_per_s` are of this process, not of earlier ones."""
+
+    output: str
+    final: str
+    cache_identity: str
+    steps: int
+    resumed_from_step: int
+    epochs: float
+    last_metrics: dict[str, Any]
+    evaluation: dict[str, Any] | None
+    seconds: float
+    tokens_per_s: float
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the summary as JSON values."""
+        return asdict(self)
+
+
+def train(
+    config: TrainConfig,
+    cache_url: str | Path,
+    *,
+    resume: str = checkpoints.AUTO,
+    progress: TrainProgress | None = None,
+) -> TrainSummary:
+    """Train a student from a cache, going on from the newest checkpoint in `config.output`.
+
+    `resume` is `auto`, `never` or the folder of a checkpoint. Raises ConfigError, FormatError and
+    CompatibilityError before a model is loaded; StorageError when the disk is full; TideError when
+    the loss is no number any more.
+    """
+    run = open_run(config, str(cache_url))
+    point = checkpoints.find_resume_point(Path(config.output), resume)
+    if point is not None:
+        point.require_config(deciding_keys(config))
+        point.stream.require_cache(run.cache.identity, where=str(point.folder))
+    trainer = Trainer(run, point, progress or NoProgress())
+    summary = trainer.train()
+    trainer.accelerator.end_training()
+    return summary
+
+
+class Trainer:
+    """One run on one rank."""
+
+    def __init__(self, run: OpenRun, point: Checkpoint | None, progress: TrainProgress) -> None:
+        self.run, self.config = run, run.config
+        self.output = Path(run.config.output)
+        self.accelerator = make_accelerator(run.config)
+        self.progress = progress if self.is_main else NoProgress()
+        self.first_step = 0 if point is None else point.step
+        student = Student(self._load(point)).train()
+        self.updater = Updater(student, run.config, self.accelerator, max_steps=run.max_steps)
+        self.student = self.updater.student
+        if point is not None:
+            path = point.folder / checkpoints.OPTIMIZER_FILE
+            load_optimizer(self.updater.optimizer, self.student, path)
+        self.stream = self._open_stream()
+        self.metrics_file = MetricsFile(self.output / METRICS_FILE)
+        self.trackers: list[Tracker] = []
+        self.last_evaluation: Evaluation | None = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files."""
+        return bool(self.accelerator.is_main_process)
+
+    def train(self) -> TrainSummary:
+        """Run all steps that are left, save the student, and return the summary."""
+        began_s = time.monotonic()
+        self._begin()
+        clock = _TokenClock()
+        last: dict[str, Any] = {}
+        try:
+            for work in self.stream.steps(self.first_step, self.run.max_steps):
+                counts = self.updater.count(work)
+                outcome = self.updater.update(work, counts)
+                clock.add(counts.num_tokens)
+                last = self._after_step(work, counts, outcome, clock) or last
+        finally:
+            self.progress.close()
+            for tracker in self.trackers:
+                tracker.close()
+        return self._finish(last, time.monotonic() - began_s, clock)
+
+    def _after_step(
+        self,
+        work: StepBatches,
+        counts: StepCounts,
+        outcome: StepOutcome,
+        clock: "_TokenClock",
+    ) -> dict[str, Any] | None:
+        """Report, evaluate and save where it is time. Returns the metrics if they were written."""
+        done = work.rows.step + 1
+        is_end = done == self.run.max_steps
+        saves = is_end or done % self.config.checkpoints.every == 0
+        metrics = None
+        if saves or done % self.config.metrics.every == 0:
+            metrics = self._metrics(work, counts, outcome, clock)
+            self._require_finite(metrics)
+            self._report(done, metrics)
+            self.progress.update(done, metrics["loss"], metrics["tokens_per_s"])
+        every = self.config.evaluation.every
+        if is_end or (every is not None and done % every == 0):
+            self._evaluate(done)
+        if saves:
+            self._save(done)
+        return metrics
+
+    def _metrics(
+        self,
+        work: StepBatches,
+        counts: StepCounts,
+        outcome: StepOutcome,
+        clock: "_TokenClock",
+    ) -> dict[str, Any]:
+        step = work.rows.step
+        values = torch.stack([share.double() for share in outcome.shares.values()])
+        if self.accelerator.num_processes > 1:
+            values = self.accelerator.reduce(values, reduction="sum")
+        objective = self.config.objective
+        return {
+            "step": step + 1,
+            "epoch": work.rows.epoch,
+            "view": work.rows.view,
+            **dict(zip(outcome.shares, values.tolist(), strict=True)),
+            "grad_norm": float(outcome.grad_norm),
+            "learning_rate": self.updater.learning_rate(step),
+            "lambda": lambda_train(
+                self.updater.progress(step),
+                objective.lambda_init,
+                objective.lambda_max,
+                objective.schedule,
+            ),
+            "num_masked": counts.num_masked,
+            "num_candidates": counts.denominators.candidates,
+            "num_chunks": counts.denominators.chunks,
+            "num_tokens": counts.num_tokens,
+            "tokens_per_s": clock.lap(),
+        }
+
+    def _require_finite(self, metrics: dict[str, Any]) -> None:
+        if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
+            return
+        present = checkpoints.list_checkpoints(self.output)
+        last = f"; the last checkpoint is {present[-1]}" if present else ""
+        raise TideError(
+            f"step {metrics['step']}: loss {metrics['loss']}, gradient norm "
+            f"{metrics['grad_norm']}{last}",
+            hint="lower optimizer.learning_rate, or set optimizer.max_grad_norm, and train into "
+            "another output",
+        )
+
+    def _evaluate(self, done: int) -> None:
+        self._measure()
+        if self.last_evaluation is not None:
+            self._report(done, {"step": done, **self.last_evaluation.as_metrics()})
+        self.accelerator.wait_for_everyone()
+
+    def _measure(self) -> None:
+        cache, config = self.run.evaluation_cache, self.config.evaluation
+        if cache is None or not self.is_main:
+            return
+        self.last_evaluation = evaluate(
+            self.student,
+            cache,
+            batch_size=config.batch_size,
+            max_samples=config.max_samples,
+            mask_token_id=self.run.source.mask_token_id,
+        )
+
+    def _last_reported(self) -> dict[str, Any]:
+        lines = [line for line in self.metrics_file.read() if "loss" in line]
+        return lines[-1] if lines else {}
+
+    def _report(self, done: int, metrics: dict[str, Any]) -> None:
+        if self.is_main:
+            self.metrics_file.write(metrics)
+            for tracker in self.trackers:
+                tracker.log(done, metrics)
+
+    def _save(self, done: int) -> None:
+        if self.is_main:
+            checkpoints.write_checkpoint(
+                self.output,
+                StreamState(num_steps_done=done, cache_identity=self.run.cache.identity),
+                deciding_keys=deciding_keys(self.config),
+                config=self.config.model_dump(mode="json"),
+                write_files=self._write_checkpoint_files,
+                keep=self.config.checkpoints.keep,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _write_checkpoint_files(self, folder: Path) -> None:
+        self._write_student(folder)
+        save_optimizer(self.updater.optimizer, self.student, folder / checkpoints.OPTIMIZER_FILE)
+
+    def _write_student(self, folder: Path) -> None:
+        save_released(
+            self.student.model,
+            self.run.source.tokenizer,
+            folder,
+            block_size=self.run.cache.manifest.block_size,
+            mask_token_id=self.run.source.mask_token_id,
+        )
+
+    def _begin(self) -> None:
+        if self.is_main:
+            self.output.mkdir(parents=True, exist_ok=True)
+            checkpoints.clear_leftovers(self.output, self.first_step)
+            self.metrics_file.keep_until(self.first_step)
+            run_config = self.config.model_dump(mode="json")
+            self.trackers = open_trackers(self.config.metrics, self.output, run_config)
+        self.accelerator.wait_for_everyone()
+        self.progress.start(self.first_step, self.run.max_steps)
+
+    def _finish(self, last: dict[str, Any], seconds: float, clock: "_TokenClock") -> TrainSummary:
+        final, path = self.output / FINAL, self.output / SUMMARY_FILE
+        if self.first_step == self.run.max_steps and final.is_dir() and path.is_file():
+            logger.info("%s: the run is complete already", self.output)
+            return TrainSummary(**json.loads(path.read_text(encoding="utf-8")))
+        if self.last_evaluation is None and self.first_step == self.run.max_steps:
+            self._measure()  # stopped between its last checkpoint and its end
+        summary = TrainSummary(
+            output=str(self.output),
+            final=str(final),
+            cache_identity=self.run.cache.identity,
+            steps=self.run.max_steps,
+            resumed_from_step=self.first_step,
+            epochs=self.run.max_steps / self.run.order.steps_per_epoch,
+            last_metrics=last or self._last_reported(),
+            evaluation=self.last_evaluation.as_json() if self.last_evaluation else None,
+            seconds=round(seconds, 3),
+            tokens_per_s=round(clock.num_tokens / seconds, 1) if seconds else 0.0,
+        )
+        if self.is_main:
+            checkpoints.publish_folder(final, self._write_student)
+            path.write_bytes(pretty_json(summary.as_json()))
+        self.accelerator.wait_for_everyone()
+        return summary
+
+    def _load(self, point: Checkpoint | None) -> "Qwen3ForCausalLM":
+        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.config.student.dtype]
+        attention = attention_implementation(self.config.student.attention, self.accelerator.device)
+        if point is None:
+            return load_student(
+                self.run.source,
+                dtype=dtype,
+                attention_implementation=attention,
+                seed=self.config.seed,
+            )
+        values = json.loads((point.folder / "config.json").read_text(encoding="utf-8"))
+        config = read_model_config(values, where=str(point.folder))
+        return load_model(point.folder, config, dtype=dtype, attention_implementation=attention)
+
+    def _open_stream(self) -> StepStream:
+        masks = AttentionMasks(
+            block_size=self.run.cache.manifest.block_size,
+            implementation=self.student.model.config._attn_implementation,
+            device=self.accelerator.device,
+        )
+        reader = BatchReader(
+            self.run.cache,
+            masks=masks,
+            mask_token_id=self.run.source.mask_token_id,
+            teacher=teacher_reading(self.run.cache, self.config.objective),
+        )
+        return StepStream(
+            self.run.order,
+            reader,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+            micro_batch_size=self.config.stream.micro_batch_size,
+        )
+
+
+class _TokenClock:
+    """Counts tokens and how fast they go."""
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+        self._since, self._lap_s = 0, time.monotonic()
+
+    def add(self, num_tokens: int) -> None:
+        self.num_tokens += num_tokens
+        self._since += num_tokens
+
+    def lap(self) -> float:
+        """Return the tokens per second since the last lap."""
+        now_s = time.monotonic()
+        speed = self._since / max(now_s - self._lap_s, 1e-9)
+        self._since, self._lap_s = 0, now_s
+        return round(speed, 1)
