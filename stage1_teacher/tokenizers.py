@@ -6,6 +6,8 @@ hash; the template is in the set's config instead. Only fast tokenizers serve, b
 alignment reads their vocabulary from the backend, and remote code is never run.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,9 +28,10 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> "PreTraine
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name_or_path, revision=revision, trust_remote_code=False
-        )
+        with _without_warnings():
+            tokenizer = AutoTokenizer.from_pretrained(
+                name_or_path, revision=revision, trust_remote_code=False
+            )
     except (OSError, ValueError, KeyError, ImportError) as error:
         problem = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(
@@ -44,6 +47,22 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> "PreTraine
             ".save_pretrained(FOLDER) and name FOLDER",
         )
     return tokenizer
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Keep transformers from warning of a model type (a released student's) that it does not know.
+
+    Only the tokenizer beside the model is wanted.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 def tokenizer_facts(tokenizer: "PreTrainedTokenizerBase", name: str) -> TokenizerFacts:

@@ -1,11 +1,11 @@
 """How well a student fills in masked tokens: NLL, and KL to the teacher, over a held-out set.
 
-Both are means over masked positions at temperature 1, whole and by timestep, because a figure at
-t = 0.1 (nearly everything in sight) and one at 0.9 say different things. The KL runs over the ids
+Means over masked positions at temperature 1, whole and by timestep, because a figure at t = 0.1
+(nearly everything in sight) and one at 0.9 say different things. The KL runs over the ids
 that both models share; it is exact where the cache holds the whole vocabulary (k = V) and rests on
 the rebuilt tail elsewhere, and it is None where the set has no payload or no temperature 1.
 
-Shapes: P masked positions, Q those with a payload, V ids, N timestep buckets.
+Shapes: P masked positions, Q those with candidates, C active chunks, V ids, N timestep buckets.
 """
 
 import logging
@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from stage2_student.attention import AttentionMasks
 from stage2_student.batches import Batch, BatchReader
-from stage2_student.compatibility import candidates_facts, candidates_reading
+from stage2_student.compatibility import candidates_reading
 from stage2_student.losses import kl_per_position
 from stage2_student.objective import at_candidates
 from stage2_student.student import Student
@@ -28,12 +28,14 @@ from stage2_student.teacher_rows import TeacherReading
 from tide_cache.cache import Cache
 from tide_cache.config import StrictModel
 from tide_cache.errors import CompatibilityError
+from tide_cache.manifest import CacheManifest
 
 if TYPE_CHECKING:
     from transformers import Qwen3ForCausalLM
 
 logger = logging.getLogger(__name__)
 NUM_BUCKETS = 4
+_MIN_PROBABILITY = 1e-7
 
 
 class EvaluationConfig(StrictModel):
@@ -49,13 +51,16 @@ class EvaluationConfig(StrictModel):
 class Figures:
     """Means over `num_positions` masked positions in nats; None where there is nothing to average.
 
-    `kl` is KL(teacher || student) over the `num_payload_positions` with a payload.
+    `kl` is KL(teacher || student) over the `num_payload_positions` with candidates. `chunk_kl` is
+    that between the two probabilities of a chunk (right or not), over `num_chunks` active chunks.
     """
 
     nll: float | None
     kl: float | None
+    chunk_kl: float | None
     num_positions: int
     num_payload_positions: int
+    num_chunks: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,7 +79,7 @@ class Evaluation(Figures):
         found = {
             f"eval/{what}{suffix}": getattr(figures, what)
             for suffix, figures in named.items()
-            for what in ("nll", "kl")
+            for what in ("nll", "kl", "chunk_kl")
         }
         return {name: value for name, value in found.items() if value is not None}
 
@@ -111,35 +116,56 @@ def evaluate(
     return sums.evaluation()
 
 
-def _measure(student: Student, batch: Batch) -> tuple[Tensor, Tensor | None]:
-    """Return NLL (P,) and KL (Q,) of a batch, or None without a teacher; float32."""
+def _measure(student: Student, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return NLL (P,), KL (Q,) and chunk KL (C,) of a batch, None where nobody answered."""
     hidden_PD = student(
         batch.input_ids_BS, batch.position_ids_1S, batch.attention_mask, batch.masked_index_P
     )
     logits_PV = functional.linear(hidden_PD, student.head_VD).float()
     nll_P = functional.cross_entropy(logits_PV, batch.labels_P, reduction="none")
-    teacher = batch.teacher.candidates
-    if teacher is None:
-        return nll_P, None
-    return nll_P, kl_per_position(at_candidates(logits_PV, batch), teacher, temperature=1.0)
+    candidates, chunks = batch.teacher.candidates, batch.teacher.chunks
+    kl_Q = chunk_kl_C = None
+    if candidates is not None:
+        kl_Q = kl_per_position(at_candidates(logits_PV, batch), candidates, temperature=1.0)
+    if chunks is not None:
+        summed_C = torch.zeros_like(chunks.logprob_C)
+        summed_C = summed_C.index_add(0, chunks.chunk_E, -nll_P[chunks.index_E])
+        chunk_kl_C = binary_kl(chunks.logprob_C, summed_C)
+    return nll_P, kl_Q, chunk_kl_C
+
+
+def binary_kl(teacher_logprob_C: Tensor, student_logprob_C: Tensor) -> Tensor:
+    """Return KL between the two-way distributions (p, 1 - p) of log-probs, in nats, float64 (C,).
+
+    Probabilities are kept 1e-7 away from 0 and 1, as the published chunk losses keep them.
+    """
+    p_C, q_C = (
+        logprob.double().exp().clamp(_MIN_PROBABILITY, 1 - _MIN_PROBABILITY)
+        for logprob in (teacher_logprob_C, student_logprob_C)
+    )
+    return p_C * (p_C / q_C).log() + (1 - p_C) * ((1 - p_C) / (1 - q_C)).log()
 
 
 class _Sums:
-    """Sums of both figures by timestep bucket, in float64."""
+    """Sums of the three figures by timestep bucket, in float64."""
 
     def __init__(self) -> None:
-        self._sum_2N = torch.zeros(2, NUM_BUCKETS, dtype=torch.float64)
-        self._count_2N = torch.zeros(2, NUM_BUCKETS, dtype=torch.int64)
+        self._sum_3N = torch.zeros(3, NUM_BUCKETS, dtype=torch.float64)
+        self._count_3N = torch.zeros(3, NUM_BUCKETS, dtype=torch.int64)
 
-    def add(self, batch: Batch, nll_P: Tensor, kl_Q: Tensor | None) -> None:
+    def add(
+        self, batch: Batch, nll_P: Tensor, kl_Q: Tensor | None, chunk_kl_C: Tensor | None
+    ) -> None:
         self._add(0, batch.timestep_P, nll_P)
         if kl_Q is not None:
             self._add(1, batch.timestep_P[batch.teacher.index_Q], kl_Q)
+        if chunk_kl_C is not None and batch.teacher.chunks is not None:
+            self._add(2, batch.teacher.chunks.timestep_C, chunk_kl_C)
 
     def _add(self, figure: int, timestep_X: Tensor, value_X: Tensor) -> None:
         bucket_X = (timestep_X.cpu() * NUM_BUCKETS).long().clamp_max(NUM_BUCKETS - 1)
-        self._sum_2N[figure].index_add_(0, bucket_X, value_X.double().cpu())
-        self._count_2N[figure].index_add_(0, bucket_X, torch.ones_like(bucket_X))
+        self._sum_3N[figure].index_add_(0, bucket_X, value_X.double().cpu())
+        self._count_3N[figure].index_add_(0, bucket_X, torch.ones_like(bucket_X))
 
     def evaluation(self) -> Evaluation:
         by_timestep = {
@@ -151,14 +177,16 @@ class _Sums:
         return Evaluation(**self._of(slice(None)), by_timestep=by_timestep)
 
     def _of(self, buckets: slice) -> dict[str, Any]:
-        sums = self._sum_2N[:, buckets].sum(dim=1).tolist()
-        counts = self._count_2N[:, buckets].sum(dim=1).tolist()
-        nll, kl = (s / n if n else None for s, n in zip(sums, counts, strict=True))
+        sums = self._sum_3N[:, buckets].sum(dim=1).tolist()
+        counts = self._count_3N[:, buckets].sum(dim=1).tolist()
+        nll, kl, chunk_kl = (s / n if n else None for s, n in zip(sums, counts, strict=True))
         return {
             "nll": nll,
             "kl": kl,
+            "chunk_kl": chunk_kl,
             "num_positions": counts[0],
             "num_payload_positions": counts[1],
+            "num_chunks": counts[2],
         }
 
 
@@ -180,13 +208,15 @@ def _reader(student: Student, cache: Cache, mask_token_id: int | None) -> BatchR
 
 
 def _teacher(cache: Cache) -> TeacherReading | None:
-    facts = candidates_facts(cache.manifest)
-    if facts is None:
+    manifest = cache.manifest
+    if not isinstance(manifest, CacheManifest):
         return None
-    if 1.0 not in facts.temperatures:
+    facts = manifest.candidates
+    if facts is not None and 1.0 not in facts.temperatures:
         logger.warning("%s: no temperature 1 in the build: KL is not measured", cache.url)
-        return None
+        facts = None
     return TeacherReading(
-        alignment=cache.manifest.alignment,
-        candidates=candidates_reading(cache, facts, tail="auto"),
+        alignment=manifest.alignment,
+        candidates=None if facts is None else candidates_reading(cache, facts, tail="auto"),
+        chunks=manifest.chunks,
     )
