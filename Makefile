@@ -8,7 +8,7 @@ RUN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types schemas clean
+.PHONY: help setup demo demo-cross test lint types schemas clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -23,7 +23,12 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(STAMP) ## data -> teacher -> cache -> two students -> table, on the CPU
+	rm -rf runs/demo
 	$(RUN)/python -m examples.demo.run examples/demo.yaml --output runs/demo
+
+demo-cross: $(STAMP) ## the same with a teacher that has another tokenizer
+	rm -rf runs/demo-cross
+	$(RUN)/python -m examples.demo.run examples/demo_cross.yaml --output runs/demo-cross
 
 test: lint types ## lint, types and all tests
 	$(RUN)/python -m pytest

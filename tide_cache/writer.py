@@ -65,7 +65,8 @@ class SetWriter:
         if self.store.exists(MANIFEST):
             manifest = read_manifest(self.store)
             present = _header_of(manifest, type(self.header))
-            self._require_same(present)
+            # What is finished stays finished when the program gets another version.
+            self._require_same({**present, **self._provenance()})
             return manifest
         mine = self.header.model_dump(mode="json")
         if not self.store.publish(HEADER, canonical_json(mine)):
@@ -190,6 +191,10 @@ class SetWriter:
             self.store.remove(path)
         if leftovers:
             logger.info("removed %d leftovers of interrupted runs", len(leftovers))
+
+    def _provenance(self) -> dict[str, Any]:
+        mine = self.header.model_dump(mode="json")
+        return {name: value for name, value in mine.items() if name.endswith("provenance")}
 
     def _require_same(self, present: dict[str, Any]) -> None:
         mine = self.header.model_dump(mode="json")

@@ -75,6 +75,17 @@ def test_another_config_is_refused_by_key(tmp_path: Path) -> None:
         SetWriter(Store(tmp_path / "begun"), other).begin()
 
 
+def test_another_version_of_the_program_keeps_what_is_finished_and_mixes_nothing(
+    tmp_path: Path,
+) -> None:
+    newer = premasked_header(provenance={"command": "tests", "tide_cache": "1"})
+    manifest = write_premasked(tmp_path / "set")
+    assert SetWriter(Store(tmp_path / "set"), newer).begin() == manifest
+    SetWriter(Store(tmp_path / "begun"), premasked_header()).begin()
+    with pytest.raises(CompatibilityError, match=r"provenance\.tide_cache; .*version included"):
+        SetWriter(Store(tmp_path / "begun"), newer).begin()
+
+
 def test_a_shard_that_changed_since_the_last_run_is_refused(tmp_path: Path) -> None:
     writer = SetWriter(Store(tmp_path), premasked_header(num_views=1))
     writer.begin()
