@@ -15,9 +15,10 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from stage2_student.aligned_rows import NoisedRows
 from stage2_student.attention import AttentionMask, AttentionMasks
 from stage2_student.columns import Int64Array, bit_masks, list_values, require
-from stage2_student.teacher_rows import NoisedRows, TeacherReading, TeacherRows, decode_teacher
+from stage2_student.teacher_rows import TeacherReading, TeacherRows, decode_teacher
 from tide_cache.cache import Cache
 from tide_cache.errors import FormatError
 from tide_cache.rows import check_row, table_to_rows

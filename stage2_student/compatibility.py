@@ -65,18 +65,21 @@ def chunks_facts(manifest: Manifest) -> ChunksFacts | None:
 
 
 def teacher_reading(cache: Cache, objective: ObjectiveConfig) -> TeacherReading | None:
-    """Say what has to be read for the losses: nothing where they need no teacher.
+    """Say what has to be read for the losses: nothing where they need no teacher and no chunks.
 
     The set must have passed `check_objective`. Raises FormatError for damaged mean logits.
     """
     wanted = objective.payloads
-    if not wanted:
+    # With one tokenizer each mask is one draw: nothing to count, and `unbiased` is `published`.
+    num_draws = objective.counts_draws and cache.manifest.alignment == "chunks"
+    if not wanted and not num_draws:
         return None
     facts = candidates_facts(cache.manifest) if "candidates" in wanted else None
     return TeacherReading(
         alignment=cache.manifest.alignment,
         candidates=None if facts is None else candidates_reading(cache, facts, tail=objective.tail),
         chunks=chunks_facts(cache.manifest) if "chunks" in wanted else None,
+        num_draws=num_draws,
     )
 
 

@@ -36,6 +36,7 @@ from tide_cache.config import StrictModel
 from tide_cache.errors import ConfigError
 
 PayloadName = Literal["candidates", "chunks"]
+MaskWeight = Literal["published", "unbiased"]
 Weights = dict[str, float] | list[str | dict[str, float]]
 
 
@@ -71,6 +72,13 @@ class ObjectiveConfig(StrictModel):
         {"ce": 1.0, "tidal": 1.0}, description="{name: weight} or [name, ...]"
     )
     loss_norm: Normalization = Field("token", description="what the cross entropy is divided by")
+    mask_weight: MaskWeight = Field(
+        "published",
+        description="of a masked token's cross entropy. published: 1/t, the default because the "
+        "published trainer's gradients are what its vectors pin. unbiased: 1/(1-(1-t)^n) for the n "
+        "labelled tokens of its chunk, so that each token counts once on average; published counts "
+        "those of chunks of 3 2.85 times at t = 0.05. Without chunks both are the same",
+    )
     temperature: float = Field(2.0, gt=0, description="of the distillation terms")
     lambda_init: float = Field(0.1, ge=0, le=1)
     lambda_max: float = Field(0.9, ge=0, le=1)
@@ -90,6 +98,11 @@ class ObjectiveConfig(StrictModel):
     def payloads(self) -> dict[PayloadName, LossName]:
         """The payloads that the losses read, each with one of those losses."""
         return {payload: name for name in self.weights if (payload := PAYLOAD_OF[name]) is not None}
+
+    @property
+    def counts_draws(self) -> bool:
+        """Whether the cross entropy asks how many draws hide each masked position."""
+        return self.mask_weight == "unbiased" and "ce" in self.weights
 
     @property
     def interpolation(self) -> Interpolation:
@@ -184,7 +197,12 @@ class Objective:
 
 def _ce(objective: Objective, logits_PV: Tensor, batch: Batch, _progress: float) -> Tensor:
     return ce_numerators(
-        ce_per_position(logits_PV, batch.labels_P, batch.timestep_P),
+        ce_per_position(
+            logits_PV,
+            batch.labels_P,
+            batch.timestep_P,
+            num_draws_P=batch.teacher.num_draws_P if objective.config.counts_draws else None,
+        ),
         labelled_per_row_B=batch.labelled_per_row_B,
         row_P=batch.row_P,
         normalization=objective.config.loss_norm,

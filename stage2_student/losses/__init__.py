@@ -14,6 +14,7 @@ from stage2_student.losses.ce import (
     ce_loss,
     ce_numerators,
     ce_per_position,
+    mask_probability,
 )
 from stage2_student.losses.kl import Direction, kl_loss, kl_per_position
 from stage2_student.losses.targets import Teacher
@@ -37,6 +38,7 @@ __all__ = [
     "chunk_logprobs",
     "kl_loss",
     "kl_per_position",
+    "mask_probability",
     "tidal_loss",
     "tidal_per_position",
     "token_logprobs",
