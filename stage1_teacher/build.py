@@ -35,10 +35,10 @@ from tide_cache.errors import FormatError
 from tide_cache.manifest import Manifest, ShardFacts
 from tide_cache.payloads import candidates, chunks, num_entries, payload_fields
 from tide_cache.payloads.candidates import Candidates
-from tide_cache.rows import PremaskedRow, check_row, table_to_rows
+from tide_cache.rows import PremaskedRow, table_to_rows
 from tide_cache.shards import read_shard
 from tide_cache.store import Store
-from tide_cache.verify import set_schema
+from tide_cache.verify import check_row_of, set_schema
 from tide_cache.writer import SetWriter, TaskRecord
 
 logger = logging.getLogger(__name__)
@@ -273,18 +273,9 @@ def read_task(premasked: Cache, task: int) -> list[pa.Table]:
 
 def checked_rows(table: pa.Table, premasked: Cache, view: int) -> list[PremaskedRow]:
     """Take the rows out of a table and check every field. Raises DataError naming the sample."""
-    manifest = premasked.manifest
-    rows = table_to_rows(table, manifest.alignment)
+    rows = table_to_rows(table, premasked.manifest.alignment)
     for row in rows:
-        if row.view != view:
-            raise FormatError(f"sample {row.sample_id}: view: expected {view}, got {row.view}")
-        check_row(
-            row,
-            alignment=manifest.alignment,
-            student_vocab_size=manifest.student.vocab_size,
-            teacher_vocab_size=manifest.teacher.vocab_size,
-            num_views=manifest.num_views,
-        )
+        check_row_of(row, premasked.manifest, view)
     return rows
 
 

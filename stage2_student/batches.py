@@ -21,7 +21,8 @@ from stage2_student.columns import Int64Array, bit_masks, list_values, require
 from stage2_student.teacher_rows import TeacherReading, TeacherRows, decode_teacher
 from tide_cache.cache import Cache
 from tide_cache.errors import FormatError
-from tide_cache.rows import check_row, table_to_rows
+from tide_cache.rows import table_to_rows
+from tide_cache.verify import check_row_of
 
 ROW_COLUMNS = ("sample_id", "student_ids", "prompt_length", "student_mask", "timestep")
 
@@ -132,13 +133,7 @@ class BatchReader:
         """Let the format's own check say what is wrong, if it can."""
         manifest = self._cache.manifest
         for row in table_to_rows(self._cache.read_rows(view, rows), manifest.alignment):
-            check_row(
-                row,
-                alignment=manifest.alignment,
-                student_vocab_size=manifest.student.vocab_size,
-                teacher_vocab_size=manifest.teacher.vocab_size,
-                num_views=manifest.num_views,
-            )
+            check_row_of(row, manifest, view)
 
 
 def decode_rows(table: pa.Table, *, num_ids: int, pad_to: Callable[[int], int] = int) -> NoisedRows:

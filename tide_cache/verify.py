@@ -152,20 +152,25 @@ def check_rows(
     payloads = _payload_columns(table, manifest)
     for index, row in enumerate(rows):
         try:
-            if row.view != view:
-                raise FormatError(f"sample {row.sample_id}: view: expected {view}, got {row.view}")
-            check_row(
-                row,
-                alignment=manifest.alignment,
-                student_vocab_size=manifest.student.vocab_size,
-                teacher_vocab_size=manifest.teacher.vocab_size,
-                num_views=manifest.num_views,
-            )
+            check_row_of(row, manifest, view)
             num_positions = _check_payload(row, payloads, index, manifest)
             if report is not None:
                 report.num_payload_entries += num_positions
         except TideError as error:
             yield error.message
+
+
+def check_row_of(row: PremaskedRow, header: Header, view: int) -> None:
+    """Raise DataError or FormatError unless `row` is a sound row of that view of the set."""
+    if row.view != view:
+        raise FormatError(f"sample {row.sample_id}: view: expected {view}, got {row.view}")
+    check_row(
+        row,
+        alignment=header.alignment,
+        student_vocab_size=header.student.vocab_size,
+        teacher_vocab_size=header.teacher.vocab_size,
+        num_views=header.num_views,
+    )
 
 
 def _payload_columns(table: pa.Table, manifest: Manifest) -> dict[str, list[bytes]]:
