@@ -49,7 +49,7 @@ def print_table(figures: dict[str, Any], config: DemoConfig) -> None:
     table.add_row(
         "the teacher",
         f"{teacher['nll']:.3f}" if "nll" in teacher else "",
-        f"{teacher['kl']:.3f}" if "kl" in teacher else "",
+        f"{abs(teacher['kl']):.3f}" if "kl" in teacher else "",  # 0 up to rounding, on either side
         f"{teacher['exact_match']['all']:.3f}",
         f"{figures['seconds']['teacher']:.0f}",
     )
