@@ -6,7 +6,10 @@ are labelled and maskable, which teaches the student to stop. What was cut on ei
 of the alignment: a chunk that lost a token on the teacher's side has no log-prob to learn from.
 Costs about 1 ms a conversation when both sides render alike, 2 ms when they do not.
 
-Shapes: L positions, P pairs, C chunks.
+`cut`, `align` and `finish` are the three steps; rows that come tokenised (`published`) take the
+same ones.
+
+Shapes: L positions, P pairs, C chunks; X is 2 for pairs, 3 for runs and 4 for chunks.
 """
 
 from collections import Counter
@@ -38,6 +41,7 @@ _MIN_SHARED = 0.5
 DROP_REASONS: Mapping[str, str] = {
     "prompt_too_long": "the prompt leaves no room for a reply within student.max_length",
     "teacher_prompt_too_long": "the prompt leaves no room for a reply within teacher.max_length",
+    "mask_token_in_text": "the clean text holds the mask token of a side",
     "nothing_aligned": "no token of the reply has a counterpart on the teacher's side",
 }
 """The reasons for which `Encoder` drops a row, beside `stage1_teacher.chat.REFUSALS`."""
@@ -56,6 +60,18 @@ class Side:
     max_length: int
     eos_token_id: int
     facts: TokenizerFacts
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class SideTokens:
+    """One side of a sample before it is cut: int32 ids (L,), labelled from `prompt_length` on.
+
+    `is_whole` is False where the end of the reply is missing: no EOS follows it in truth.
+    """
+
+    ids_L: Int32Array
+    prompt_length: int
+    is_whole: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -134,47 +150,95 @@ class Encoder:
             teacher_chat = chat
         else:
             teacher_chat = _render(messages, self.teacher)
-        cut = _cut_and_fill(chat, self.student, self._student_block, "prompt_too_long")
-        teacher_cut = _cut_and_fill(
-            teacher_chat, self.teacher, self._teacher_block, "teacher_prompt_too_long"
+        cuts = self.cut(_tokens(chat), _tokens(teacher_chat))
+        aligned_RX, counts = self.align(chat, teacher_chat)
+        counts["num_prompts_ending_at_content"] = int(chat.prompt_edge == "content")
+        counts["num_turns_cut"] = chat.num_turns_cut
+        return self.finish(cuts, aligned_RX, counts, sample_id=sample_id, source=source)
+
+    def cut(self, student: SideTokens, teacher: SideTokens) -> tuple["Cut", "Cut"]:
+        """Cut both sides to their max_length and fill them to whole blocks.
+
+        A student's reply that was cut before it came here is cut further to whole blocks, since
+        EOS behind it would teach it to stop there. Raises DataError (`prompt_too_long`,
+        `teacher_prompt_too_long`, `mask_token_in_text`).
+        """
+        ids_L = student.ids_L[: self.student.max_length]
+        if not student.is_whole:
+            ids_L = ids_L[: len(ids_L) // self._student_block * self._student_block]
+        _check_room(student, self.student, len(ids_L), "prompt_too_long")
+        teacher_ids_L = teacher.ids_L[: self.teacher.max_length]
+        _check_room(teacher, self.teacher, len(teacher_ids_L), "teacher_prompt_too_long")
+        for side, kept_L in ((self.student, ids_L), (self.teacher, teacher_ids_L)):
+            _check_no_mask(kept_L, side)
+        return (
+            _fill(student, ids_L, self.student, self._student_block),
+            _fill(teacher, teacher_ids_L, self.teacher, self._teacher_block),
         )
-        counts = Counter(
-            num_truncated=int(cut.num_kept < len(chat.ids_L)),
-            num_teacher_truncated=int(teacher_cut.num_kept < len(teacher_chat.ids_L)),
-            num_prompts_ending_at_content=int(chat.prompt_edge == "content"),
-            num_turns_cut=chat.num_turns_cut,
-        )
+
+    def align(
+        self, chat: RenderedChat, teacher_chat: RenderedChat
+    ) -> tuple[Int32Array, Counter[str]]:
+        """Align two renderings: pairs of positions (P, 2) or the reply's chunks (C, 4), and counts.
+
+        Raises DataError (`bytes_differ`).
+        """
         if self.alignment == "positions":
-            alignment_RX = self._runs(chat, teacher_chat, cut, teacher_cut)
+            return np.stack(align_positions(chat, teacher_chat), axis=1), Counter()
+        aligned = align_chats(chat, teacher_chat)
+        counts = Counter(num_edge_bytes_left_out=aligned.edge_bytes[-1])
+        return aligned.chunks[aligned.in_response], counts
+
+    def finish(
+        self,
+        cuts: tuple["Cut", "Cut"],
+        aligned_RX: Int32Array,
+        counts: Counter[str],
+        *,
+        sample_id: str,
+        source: str,
+    ) -> EncodedSample:
+        """Restrict an alignment, as `align` returns it, to what survived the cut; add the counts.
+
+        Raises DataError (`nothing_aligned`).
+        """
+        cut, teacher_cut = cuts
+        if self.alignment == "positions":
+            alignment_RX = self._runs(cut, teacher_cut, aligned_RX)
             end_R = alignment_RX[:, 0] + alignment_RX[:, 2]
         else:
-            alignment_RX, num_edge_bytes = _chunks(chat, teacher_chat, cut, teacher_cut)
-            counts["num_edge_bytes_left_out"] = num_edge_bytes
+            survives_C = aligned_RX[:, 1] <= cut.num_kept
+            survives_C &= aligned_RX[:, 3] <= teacher_cut.num_kept
+            alignment_RX = aligned_RX[survives_C]
             end_R = alignment_RX[:, 1]
-        if not (end_R > chat.prompt_length).any():
+        prompt_length = cut.tokens.prompt_length
+        if not (end_R > prompt_length).any():
             raise DataError(DROP_REASONS["nothing_aligned"], reason="nothing_aligned")
         sample = PreparedSample(
             sample_id=sample_id,
             source=source,
             student_ids_L=cut.ids_L,
-            prompt_length=chat.prompt_length,
+            prompt_length=prompt_length,
             teacher_ids_L=teacher_cut.ids_L,
             alignment_RX=alignment_RX,
         )
-        return EncodedSample(sample=sample, counts=+counts)
+        truncated = Counter(
+            num_truncated=int(cut.num_kept < len(cut.tokens.ids_L)),
+            num_teacher_truncated=int(teacher_cut.num_kept < len(teacher_cut.tokens.ids_L)),
+        )
+        return EncodedSample(sample=sample, counts=truncated + counts)
 
-    def _runs(
-        self, chat: RenderedChat, teacher_chat: RenderedChat, cut: "_Cut", teacher_cut: "_Cut"
-    ) -> Int32Array:
+    def _runs(self, cut: "Cut", teacher_cut: "Cut", pairs_P2: Int32Array) -> Int32Array:
         """Pair what survived the cut, and the EOS fill of both sides in order: (R, 3)."""
         assert self.shared_vocab_size is not None
-        a_P, b_P = align_positions(chat, teacher_chat)
-        survives_P = (a_P < cut.num_kept) & (b_P < teacher_cut.num_kept)
-        # A side that was cut has no fill, so fill is never paired with fill of another place.
-        num_fill = min(cut.num_fill, teacher_cut.num_fill)
+        survives_P = (pairs_P2[:, 0] < cut.num_kept) & (pairs_P2[:, 1] < teacher_cut.num_kept)
+        # A side that was cut has no fill, or none to learn from, so fill is never paired with fill
+        # of another place.
+        is_whole = cut.tokens.is_whole and teacher_cut.tokens.is_whole
+        num_fill = min(cut.num_fill, teacher_cut.num_fill) if is_whole else 0
         fill = np.arange(num_fill, dtype=np.int32)
-        a_P = np.concatenate([a_P[survives_P], cut.num_kept + fill])
-        b_P = np.concatenate([b_P[survives_P], teacher_cut.num_kept + fill])
+        a_P = np.concatenate([pairs_P2[survives_P, 0], cut.num_kept + fill])
+        b_P = np.concatenate([pairs_P2[survives_P, 1], teacher_cut.num_kept + fill])
         # Equal ids beyond the shared ones are different tokens.
         ids_P = cut.ids_L[a_P]
         same_P = (ids_P == teacher_cut.ids_L[b_P]) & (ids_P < self.shared_vocab_size)
@@ -182,14 +246,16 @@ class Encoder:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class _Cut:
-    """`ids_L`: the first `num_kept` tokens of a rendering, then EOS to the end of the block."""
+class Cut:
+    """`ids_L`: the first `num_kept` ids of `tokens`, then EOS to the end of the block."""
 
+    tokens: SideTokens
     ids_L: Int32Array
     num_kept: int
 
     @property
     def num_fill(self) -> int:
+        """How many EOS were added."""
         return len(self.ids_L) - self.num_kept
 
 
@@ -197,27 +263,32 @@ def _render(messages: Sequence[Mapping[str, Any]], side: Side) -> RenderedChat:
     return render_chat(messages, side.tokenizer, template_kwargs=side.template_kwargs)
 
 
-def _cut_and_fill(chat: RenderedChat, side: Side, block_size: int, reason: str) -> _Cut:
-    if chat.prompt_length >= side.max_length:
+def _tokens(chat: RenderedChat) -> SideTokens:
+    return SideTokens(ids_L=chat.ids_L, prompt_length=chat.prompt_length)
+
+
+def _check_room(tokens: SideTokens, side: Side, num_kept: int, reason: str) -> None:
+    if tokens.prompt_length >= num_kept:
         raise DataError(
-            f"prompt of {chat.prompt_length} tokens: expected fewer than max_length = "
+            f"prompt of {tokens.prompt_length} tokens: expected fewer than max_length = "
             f"{side.max_length}",
             reason=reason,
         )
-    ids_L = chat.ids_L[: side.max_length]
+
+
+def _check_no_mask(ids_L: Int32Array, side: Side) -> None:
+    mask_token_id = side.facts.mask_token_id
+    if mask_token_id is not None and (ids_L == mask_token_id).any():
+        raise DataError(
+            f"position {int(np.argmax(ids_L == mask_token_id))}: the clean text holds the mask "
+            f"token of {side.facts.name!r}, id {mask_token_id}",
+            reason="mask_token_in_text",
+        )
+
+
+def _fill(tokens: SideTokens, ids_L: Int32Array, side: Side, block_size: int) -> Cut:
     fill_L = np.full(-len(ids_L) % block_size, side.eos_token_id, dtype=np.int32)
-    return _Cut(ids_L=np.concatenate([ids_L, fill_L]), num_kept=len(ids_L))
-
-
-def _chunks(
-    chat: RenderedChat, teacher_chat: RenderedChat, cut: _Cut, teacher_cut: _Cut
-) -> tuple[Int32Array, int]:
-    """Return the reply's chunks that survived the cut, (C, 4), and the edge bytes in no chunk."""
-    aligned = align_chats(chat, teacher_chat)
-    survives_C = (aligned.chunks[:, 1] <= cut.num_kept) & (
-        aligned.chunks[:, 3] <= teacher_cut.num_kept
-    )
-    return aligned.chunks[aligned.in_response & survives_C], aligned.edge_bytes[-1]
+    return Cut(tokens=tokens, ids_L=np.concatenate([ids_L, fill_L]), num_kept=len(ids_L))
 
 
 def _shared_vocab_size(student: Side, teacher: Side) -> int:

@@ -19,9 +19,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from stage1_teacher.encode import Encoder
 from stage1_teacher.premask import draw_half
 from stage1_teacher.prepare_config import PrepareConfig
-from stage1_teacher.prepare_plan import TaskRows
+from stage1_teacher.task_rows import RowMaker, TaskRows
 from tide_cache.errors import DataError, FormatError, did_you_mean
 from tide_cache.manifest import SourceFacts, TokenizerFacts
 from tide_cache.rows import AlignmentKind, PremaskedRow, check_row, row_schema, table_to_rows
@@ -58,6 +59,10 @@ class OutsideRows:
     def dropped(self) -> dict[str, int]:
         """Nothing: a row that cannot be used is refused."""
         return {}
+
+    def row_maker(self, config: PrepareConfig, encoder: Encoder) -> RowMaker:
+        """Return the function that reads and checks a range of samples."""
+        return OutsideReader(self, config, encoder.student.facts, encoder.teacher.facts).read
 
 
 def index_rows(url: str, *, alignment: AlignmentKind, num_views: int) -> OutsideRows:

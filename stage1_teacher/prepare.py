@@ -14,18 +14,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from stage1_teacher.encode import Encoder, Side, load_sides
 from stage1_teacher.executors.local import LocalExecutor, Worker, default_num_workers
-from stage1_teacher.outside_rows import OutsideReader, OutsideRows, index_rows
-from stage1_teacher.premask import Noising, alignment_kind, draw_rows
+from stage1_teacher.outside_rows import index_rows
+from stage1_teacher.premask import alignment_kind
 from stage1_teacher.prepare_config import PrepareConfig
-from stage1_teacher.prepare_plan import RowPlan, TaskRows, no_rows_left, plan_rows, task_range
-from stage1_teacher.sources import Conversation, Dropped, sample_id
+from stage1_teacher.prepare_plan import no_rows_left, plan_rows, task_range
+from stage1_teacher.published import plan_published
+from stage1_teacher.task_rows import PlannedRows
 from tide_cache import provenance
 from tide_cache.alignment import chunk_active, payload_positions
-from tide_cache.errors import DataError
 from tide_cache.manifest import Header, Manifest, NoisingFacts
 from tide_cache.rows import PremaskedRow, rows_to_table
 from tide_cache.shards import shard_bytes
@@ -34,7 +32,6 @@ from tide_cache.writer import STATE, SetWriter, TaskRecord
 
 logger = logging.getLogger(__name__)
 _PACKAGES = ("numpy", "pyarrow", "transformers", "tokenizers", "datasets")
-RowMaker = Callable[[range], TaskRows]
 OnTask = Callable[[TaskRecord, int, bool], None]
 
 
@@ -43,7 +40,7 @@ class PreparePlan:
     """What `prepare` will make, decided before the first row is encoded; picklable."""
 
     config: PrepareConfig
-    rows: RowPlan | OutsideRows
+    rows: PlannedRows
     header: Header
 
     @property
@@ -76,11 +73,7 @@ def make_plan(config: PrepareConfig) -> tuple[PreparePlan, Encoder]:
     """
     student, teacher = load_sides(config)
     encoder = Encoder(config, student, teacher)
-    rows: RowPlan | OutsideRows
-    if config.premasked is not None:
-        rows = index_rows(config.premasked, alignment=config.alignment, num_views=config.num_views)
-    else:
-        rows = plan_rows(config)
+    rows = _plan_input(config)
     header = Header(
         alignment=config.alignment,
         num_views=config.num_views,
@@ -149,7 +142,7 @@ def run_prepare(
 def dry_run(plan: PreparePlan, encoder: Encoder, num_rows: int) -> Projection:
     """Make the first `num_rows` rows in memory and count them; nothing is written."""
     first = range(min(num_rows, len(plan.rows)))
-    made = _row_maker(plan, encoder)(first)
+    made = plan.rows.row_maker(plan.config, encoder)(first)
     counts = Counter(made.counts)
     counts.update(count_rows(made.rows_V))
     for view, rows in enumerate(made.rows_V):
@@ -187,7 +180,7 @@ class _WorkerMaker:
 
     def __call__(self, slot: int) -> Worker[TaskRecord]:
         encoder = self.encoder or Encoder(self.plan.config, *load_sides(self.plan.config))
-        make_rows = _row_maker(self.plan, encoder)
+        make_rows = self.plan.rows.row_maker(self.plan.config, encoder)
         writer = SetWriter(Store(self.output_url), self.plan.header)
 
         def work(task: int) -> TaskRecord:
@@ -206,58 +199,13 @@ class _WorkerMaker:
         return work
 
 
-def _row_maker(plan: PreparePlan, encoder: Encoder) -> RowMaker:
-    if isinstance(plan.rows, OutsideRows):
-        header = plan.header
-        return OutsideReader(plan.rows, plan.config, header.student, header.teacher).read
-    return _ConversationRows(plan.rows, plan.config, encoder).make
-
-
-class _ConversationRows:
-    """Reads, encodes and masks ranges of a row plan."""
-
-    def __init__(self, rows: RowPlan, config: PrepareConfig, encoder: Encoder) -> None:
-        self._rows = rows
-        self._encoder = encoder
-        self._noising = Noising(
-            seed=config.seed,
-            num_views=config.num_views,
-            grid_G=config.timesteps.grid(),
-            demo_ratio=config.demo_ratio,
-        )
-
-    def make(self, rows: range) -> TaskRows:
-        counts: Counter[str] = Counter()
-        dropped: Counter[str] = Counter()
-        rows_V: list[list[PremaskedRow]] = [[] for _ in range(self._noising.num_views)]
-        for source, conversation in self._read(rows):
-            assert isinstance(conversation, Conversation)  # the plan holds usable rows only
-            identity = sample_id(conversation.messages)
-            try:
-                encoded = self._encoder.encode(
-                    conversation.messages, sample_id=identity, source=source
-                )
-            except DataError as error:
-                dropped[error.reason] += 1
-                logger.info("%s: sample %s dropped (%s): %s", source, identity, error.reason, error)
-                continue
-            counts += encoded.counts
-            for view, row in enumerate(draw_rows(encoded.sample, self._noising)):
-                rows_V[view].append(row)
-        return TaskRows(rows_V=rows_V, counts=counts, dropped=dropped)
-
-    def _read(self, rows: range) -> list[tuple[str, Conversation | Dropped]]:
-        """Read rows of the plan in order, each source's together."""
-        source_index_R = self._rows.source_index_R[rows.start : rows.stop]
-        row_index_R = self._rows.row_index_R[rows.start : rows.stop]
-        found: list[tuple[str, Conversation | Dropped]] = [("", Dropped(reason=""))] * len(rows)
-        for index in np.unique(source_index_R).tolist():
-            source = self._rows.sources[index]
-            places = np.flatnonzero(source_index_R == index)
-            conversations = source.conversations(row_index_R[places].tolist())
-            for place, conversation in zip(places.tolist(), conversations, strict=True):
-                found[place] = (source.name, conversation)
-        return found
+def _plan_input(config: PrepareConfig) -> PlannedRows:
+    """Read the one input that the config names, once, and decide which rows to make."""
+    if config.premasked is not None:
+        return index_rows(config.premasked, alignment=config.alignment, num_views=config.num_views)
+    if config.published is not None:
+        return plan_published(config)
+    return plan_rows(config)
 
 
 def _resolved(config: PrepareConfig, student: Side, teacher: Side) -> dict[str, Any]:

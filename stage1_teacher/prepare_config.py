@@ -4,11 +4,12 @@ Everything in it decides bytes, and so all of it stands in the header of the set
 What does not (the number of workers, where the set goes) is an option of the command instead.
 """
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from stage1_teacher.mixture import Sources
+from stage1_teacher.mixture import Name, SourceConfig, Sources
+from stage1_teacher.mixture_grammar import scan_mixture
 from tide_cache.config import StrictModel
 from tide_cache.errors import ConfigError
 from tide_cache.rows import AlignmentKind
@@ -43,11 +44,50 @@ class TimestepsConfig(StrictModel):
         return timestep_grid(self.num, self.min, self.max)
 
 
+class PublishedConfig(StrictModel):
+    """A published data set of tokenised rows: a folder, or the name of one on the hub.
+
+    `split`, `name`, `revision`, `license` and `label` mean what they mean for a source.
+    """
+
+    path: Name
+    name: Name | None = None
+    split: Name | None = None
+    revision: Name | None = None
+    license: Name | None = None
+    label: Name | None = None
+
+    def as_source(self) -> SourceConfig:
+        """Return the source that is opened."""
+        return SourceConfig(**self.model_dump())
+
+
+def _one_term(value: Any) -> Any:
+    """Read `DIR[split:train]`; raises ValueError, which pydantic reports with the field."""
+    if not isinstance(value, str):
+        return value
+    terms = scan_mixture(value, tuple(key for key in PublishedConfig.model_fields if key != "path"))
+    if len(terms) != 1:
+        raise ValueError(f"expected one data set, got {len(terms)}")
+    return terms[0]
+
+
+Published = Annotated[
+    PublishedConfig,
+    BeforeValidator(_one_term, json_schema_input_type=str | PublishedConfig),
+]
+
+
 class PrepareConfig(StrictModel):
-    """`tide-cache prepare`: conversations (or rows masked elsewhere) to a premasked set."""
+    """`tide-cache prepare`: conversations, or rows made elsewhere, to a premasked set."""
 
     sources: Sources | None = Field(
         None, description="Chat data: a mixture written a+b+c[lang:python,cap:1000], or a list."
+    )
+    published: Published | None = Field(
+        None,
+        description="Instead of sources: a data set of both sides' ids, such as distill_llada2_sft "
+        "(alignment: chunks) or distill_wedlm_sft (alignment: positions); DIR[split:train].",
     )
     premasked: str | None = Field(
         None, description="Instead of sources: Parquet files with masks drawn elsewhere."
@@ -75,8 +115,9 @@ class PrepareConfig(StrictModel):
 
     @model_validator(mode="after")
     def _one_input(self) -> "PrepareConfig":
-        if (self.sources is None) == (self.premasked is None):
-            raise ValueError("expected one of 'sources' and 'premasked'")
+        inputs = (self.sources, self.published, self.premasked)
+        if sum(value is not None for value in inputs) != 1:
+            raise ValueError("expected one of 'sources', 'published' and 'premasked'")
         return self
 
     @model_validator(mode="after")

@@ -15,14 +15,18 @@ import numpy as np
 import numpy.typing as npt
 
 from stage1_teacher.chat import REFUSALS
+from stage1_teacher.conversation_rows import ConversationRows
 from stage1_teacher.conversations import DROP_REASONS as ROW_REASONS
 from stage1_teacher.encode import DROP_REASONS as ENCODER_REASONS
+from stage1_teacher.encode import Encoder
 from stage1_teacher.mixture import plan_mixture, source_labels
 from stage1_teacher.prepare_config import PrepareConfig
+from stage1_teacher.published_alignment import ALIGNMENT_FAULTS
+from stage1_teacher.published_alignment import DROP_REASONS as PUBLISHED_REASONS
 from stage1_teacher.sources import Source, SourceScan, open_source
+from stage1_teacher.task_rows import RowMaker
 from tide_cache.errors import DataError
 from tide_cache.manifest import SourceFacts
-from tide_cache.rows import PremaskedRow
 
 DROP_REASONS: Mapping[str, str] = {
     "duplicate": "the same conversation stands earlier in the data",
@@ -32,6 +36,7 @@ DROP_REASONS: Mapping[str, str] = {
     **ENCODER_REASONS,
     **REFUSALS,
     **ROW_REASONS,
+    **PUBLISHED_REASONS,
 }
 """Every reason for which `prepare` drops a row, in words."""
 
@@ -40,6 +45,10 @@ _ADVICE: Mapping[str, str] = {
     "teacher_prompt_too_long": "raise teacher.max_length",
     "template_refused": "name a template that allows these roles in chat_template",
     "duplicate": "take the source out: its rows stand in earlier ones",
+    "ids_outside_vocabulary": "name the tokenizers that the data was made with",
+    **dict.fromkeys(
+        ALIGNMENT_FAULTS, "name the tokenizers and chat templates that the data was made with"
+    ),
     "nothing_aligned": "raise teacher.max_length, or use templates that do not rewrite the reply",
 }
 
@@ -60,14 +69,9 @@ class RowPlan:
     def __len__(self) -> int:
         return len(self.row_index_R)
 
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class TaskRows:
-    """What a worker made of one task: `rows_V[v][s]` is view v of sample s."""
-
-    rows_V: Sequence[Sequence[PremaskedRow]]
-    counts: Counter[str]
-    dropped: Counter[str]
+    def row_maker(self, config: PrepareConfig, encoder: Encoder) -> RowMaker:
+        """Return the function that encodes and masks a range of these rows."""
+        return ConversationRows(self, config, encoder).make
 
 
 def task_range(task: int, samples_per_shard: int, num_rows: int) -> range:

@@ -5,6 +5,7 @@ from typing import Any
 
 from stage1_teacher.prepare import PreparePlan, Projection
 from stage1_teacher.prepare_plan import DROP_REASONS
+from stage1_teacher.published_alignment import ALIGNMENT_FAULTS
 from tide_cache.manifest import Manifest, SourceFacts, identity
 
 
@@ -100,6 +101,16 @@ def _count_lines(counts: Mapping[str, int]) -> list[tuple[str, str]]:
         "num_turns_cut": "user turns behind the last reply left out",
         "num_edge_bytes_left_out": "bytes of replies in no chunk, at an edge merged with the "
         "template",
+        "num_replies_cut_before": "published replies that were cut before they came here",
+        "num_prompt_lengths_corrected": "prompt_len that is not where the labels begin: the labels "
+        "were followed",
+        "num_rows_unverified": "published rows of other templates than those given, whose "
+        "alignment could only be checked by itself",
+        "num_rows_repaired": "num_rows_repaired, published rows whose alignment was put right",
+        **{
+            f"num_repaired_{fault}": f"of those because of {fault} ({text})"
+            for fault, text in ALIGNMENT_FAULTS.items()
+        },
         "num_rows_without_mask": "rows in which no position happens to be masked",
     }
     return out + [("note", f"{text}: {counts[n]:,}") for n, text in told.items() if counts.get(n)]

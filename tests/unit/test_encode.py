@@ -336,3 +336,13 @@ def _load(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("contents", [("a <|mask|> b", "fine"), ("fine", "so <|mask|> it is")])
+def test_a_mask_token_typed_in_the_text_drops_the_row(
+    tmp_path: Path, contents: tuple[str, str]
+) -> None:
+    encoder = make_encoder(tmp_path, max_length=128)
+    with pytest.raises(DataError, match="the clean text holds the mask token") as caught:
+        encode(encoder, *contents)
+    assert caught.value.reason == "mask_token_in_text"

@@ -47,10 +47,10 @@ class TestConfig:
     @pytest.mark.parametrize(
         ("values", "message"),
         [
-            ({}, "expected one of 'sources' and 'premasked'"),
+            ({}, "expected one of 'sources', 'published' and 'premasked'"),
             (
                 {"sources": "a.jsonl", "premasked": "b"},
-                "expected one of 'sources' and 'premasked'",
+                "expected one of 'sources', 'published' and 'premasked'",
             ),
             ({"sources": "a.jsonl", "block_sise": 32}, "did you mean 'block_size'?"),
             (
