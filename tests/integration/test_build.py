@@ -277,3 +277,41 @@ def test_a_full_disk_is_named_and_the_build_goes_on_when_there_is_room(
         assert all_files(small / "cache") == all_files(ground / "cache")
     finally:
         subprocess.run(["umount", str(small)], check=True)
+
+
+def test_a_cache_may_hold_both_payloads_and_a_student_learn_from_both(
+    ground: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "cache"
+    done = build(ground, output, "--set", "payloads=[candidates, chunks]")
+    assert done.returncode == 0, done.stderr
+    report = verify_set(Store(output))
+    assert report.ok, report.problems
+    table = open_cache(output).read_rows(1, range(NUM_SAMPLES))
+    # With one tokenizer each answered position is a chunk of one token.
+    assert table["chunk_logprob"].to_pylist() == table["cand_label_logprob"].to_pylist()
+    train = write_yaml(
+        tmp_path / "train.yaml",
+        {
+            "output": str(tmp_path / "run"),
+            "student": {"init": str(ground / "teacher")},
+            "objective": {"losses": ["ce", "tidal", "reverse_calm"]},
+            "stream": {"batch_size": 16},
+            "metrics": {"every": 1},
+            "max_steps": 4,
+        },
+    )
+    trained = subprocess.run(
+        [sys.executable, "-m", "stage2_student", str(train), "--cache", str(output)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=command_environment(),
+    )
+    assert trained.returncode == 0, trained.stderr
+    lines = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    terms = [line for line in lines if "loss" in line]
+    assert len(terms) == 4
+    assert all(
+        line[f"loss/{name}"] > 0 for line in terms for name in ("ce", "tidal", "reverse_calm")
+    )
