@@ -60,8 +60,20 @@ def _arrow(schema: pa.Schema) -> list[dict[str, Any]]:
     ]
 
 
+def _in_fixed_order(value: Any) -> Any:
+    """Sort alternatives: typing caches unions, so their order depends on the order of imports."""
+    if isinstance(value, dict):
+        fixed = {key: _in_fixed_order(item) for key, item in value.items()}
+        if "anyOf" in fixed:
+            fixed["anyOf"] = sorted(fixed["anyOf"], key=lambda item: json.dumps(item))
+        return fixed
+    if isinstance(value, list):
+        return [_in_fixed_order(item) for item in value]
+    return value
+
+
 def _text(value: Any) -> str:
-    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    return json.dumps(_in_fixed_order(value), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 if __name__ == "__main__":
