@@ -1,8 +1,8 @@
 """Write the machine-readable part of schemas/ from the code: `python schemas/generate.py`.
 
 JSON Schemas of both manifests and of every config file, and the Arrow schemas of the shards as
-JSON, by alignment (a cache's with the payload that its alignment has by default). A test compares
-the files with what this module would write.
+JSON: rows by alignment (a cache's with the payloads that a build makes by default) and the columns
+of every codec. A test compares the files with what this module would write.
 """
 
 import json
@@ -16,7 +16,17 @@ from stage1_teacher.build_plan import BuildConfig
 from stage1_teacher.prepare_config import PrepareConfig
 from stage2_student.config import TrainConfig
 from tide_cache.manifest import CacheManifest, PremaskedManifest
-from tide_cache.payloads import candidates, chunks
+from tide_cache.payload_facts import (
+    CandidatesFacts,
+    ChunksFacts,
+    HiddenFacts,
+    PayloadFacts,
+    RankedFacts,
+)
+from tide_cache.payloads.candidates_ranked import ranked_fields
+from tide_cache.payloads.candidates_raw import RawCandidates
+from tide_cache.payloads.chunks import RawChunks
+from tide_cache.payloads.hidden import HiddenCodec
 from tide_cache.rows import AlignmentKind, row_fields, row_schema
 
 FOLDER = Path(__file__).resolve().parent
@@ -34,14 +44,49 @@ def contents() -> dict[str, str]:
     files = {name: _text(model.model_json_schema()) for name, model in models.items()}
     kinds: tuple[AlignmentKind, ...] = ("positions", "chunks")
     premasked = {kind: _arrow(row_schema(kind)) for kind in kinds}
-    payload_fields = {
-        "positions": candidates.payload_fields(),
-        "chunks": chunks.payload_fields(),
+    files["payload-columns.arrow.json"] = _text(
+        {
+            name: {"facts": facts.model_dump(mode="json"), "columns": _arrow(pa.schema(fields))}
+            for name, (facts, fields) in payload_examples().items()
+        }
+    )
+    # By alignment, with the payloads that a default build makes there.
+    examples = payload_examples()
+    default = {
+        "positions": [*examples["candidates ranked 1"][1], *examples["hidden transform 1"][1]],
+        "chunks": examples["chunks raw 2"][1],
     }
-    cache = {kind: _arrow(pa.schema([*row_fields(kind), *payload_fields[kind]])) for kind in kinds}
+    cache = {kind: _arrow(pa.schema([*row_fields(kind), *default[kind]])) for kind in kinds}
     files["premasked-rows.arrow.json"] = _text(premasked)
     files["cache-rows.arrow.json"] = _text(cache)
     return files
+
+
+def payload_examples() -> dict[str, tuple[PayloadFacts, list[pa.Field]]]:
+    """Return the columns of every codec, under facts that show all its optional columns."""
+    common: dict[str, Any] = {
+        "k": 64, "vocab_size": 151646, "temperatures": (1.0, 2.0), "mean_logits_positions": 4096
+    }  # fmt: skip
+    hidden = HiddenFacts(
+        hidden_size=4096,
+        vocab_size=151646,
+        bands=(64, 512, 1024),
+        num_wide=16,
+        step=0.1,
+        fit_positions=16384,
+    )
+    raw = [CandidatesFacts(**common, codec_version=1), CandidatesFacts(**common)]
+    fixed = RankedFacts(**common, bits=6, ranks="answers")
+    ragged = RankedFacts(**common, bits=6, ranks="answers", top_p=0.99, min_k=8)
+    chunks = [ChunksFacts(codec_version=1), ChunksFacts()]
+    found: dict[str, tuple[PayloadFacts, list[pa.Field]]] = {
+        **{f"candidates raw {f.codec_version}": (f, RawCandidates(f).fields()) for f in raw},
+        "candidates ranked 1": (fixed, ranked_fields(fixed)),
+        "candidates ranked 1 with top_p": (ragged, ranked_fields(ragged)),
+        **{f"chunks raw {f.codec_version}": (f, RawChunks(f).fields()) for f in chunks},
+        "hidden transform 1": (hidden, HiddenCodec(hidden).fields()),
+    }
+    return found
 
 
 def main() -> None:

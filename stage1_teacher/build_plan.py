@@ -1,108 +1,75 @@
-"""What a build will make, decided before a model is loaded: config, checks, header.
+"""What a build will make, decided before a model is loaded: config, checks, all but the payloads.
 
-A plan is a frozen value that worker processes receive whole; the header in it is what the finished
-cache will say of itself. All refusals that do not need the teacher's weights in memory happen here.
+A plan is a frozen value. What payloads look like is known once the teacher was asked for it
+(`calibration_record`); plan and record together give the header, which is what the finished cache
+will say of itself. All refusals that do not need the teacher's weights in memory happen here.
 """
 
 import dataclasses
 import logging
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, field_validator
 
-from stage1_teacher.teachers.base import ScoreSpec, TeacherConfig, TeacherIdentity
+from stage1_teacher.calibrate import CalibrationPlan, plan_calibration
+from stage1_teacher.payload_config import BuildConfig, CandidatesConfig
+from stage1_teacher.settings import Setting
+from stage1_teacher.teachers.base import TeacherConfig, TeacherIdentity
 from stage1_teacher.teachers.checkpoint import Checkpoint, open_checkpoint
 from stage1_teacher.teachers.identity import identify_teacher
 from stage1_teacher.tokenizers import load_tokenizer, tokenizer_facts
 from tide_cache import provenance
-from tide_cache.alignment import payload_positions
 from tide_cache.cache import Cache
-from tide_cache.config import StrictModel
 from tide_cache.errors import CompatibilityError, ConfigError, DataError
 from tide_cache.manifest import (
     CacheHeader,
-    CandidatesFacts,
-    ChunksFacts,
     Header,
     PremaskedManifest,
     TeacherFacts,
     identity,
 )
-from tide_cache.rows import table_to_rows
+from tide_cache.payload_facts import ChunksFacts, FidelityFacts, PayloadFacts
+
+__all__ = ["BuildConfig", "BuildPlan", "make_plan"]
 
 logger = logging.getLogger(__name__)
 _PACKAGES = ("numpy", "pyarrow", "torch", "transformers", "safetensors")
-_DEFAULT_PAYLOADS = {"positions": ("candidates",), "chunks": ("chunks",)}
-Temperature = Annotated[float, Field(gt=0, le=100)]
-
-
-class CandidatesConfig(StrictModel):
-    """The `candidates` payload."""
-
-    k: int = Field(64, ge=1, description="Candidates per masked position; up to the vocabulary.")
-    temperatures: tuple[Temperature, ...] = Field(
-        (1.0, 2.0), min_length=1, max_length=16, description="Whose logsumexp is stored, exactly."
-    )
-    vocab_size: Literal["auto"] | int = Field(
-        "auto", description="Ids that teacher and student share; auto: the premasked set's figure."
-    )
-    mean_logits_positions: int = Field(
-        4096, ge=0, description="Masked positions over which the tail's mean logits are taken."
-    )
-
-    @field_validator("temperatures")
-    @classmethod
-    def _distinct(cls, temperatures: tuple[float, ...]) -> tuple[float, ...]:
-        if len(set(temperatures)) != len(temperatures):
-            raise ValueError("expected each temperature once")
-        return temperatures
-
-
-class BuildConfig(StrictModel):
-    """`tide-cache build`: a teacher, and what of its answers is kept."""
-
-    teacher: TeacherConfig
-    payloads: tuple[Literal["candidates", "chunks"], ...] | None = Field(
-        None,
-        min_length=1,
-        max_length=2,
-        description="What the cache holds; default: candidates where both sides share a tokenizer, "
-        "chunks where they do not.",
-    )
-    candidates: CandidatesConfig = CandidatesConfig()
-    comp_demo: bool = Field(
-        True, description="Two passes, each revealing the other half (CompDemo); false: one pass."
-    )
-    samples_per_batch: int = Field(
-        128, ge=1, description="Samples scored at a time within a task; bounds memory."
-    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class BuildPlan:
-    """Everything that a worker needs to build any task; picklable."""
+    """Everything that is known of a build without its teacher; picklable.
+
+    `header_values`: the fields of the header but `payloads` and `fidelity`. `calibration`: None
+    where the cache holds chunks alone, which need none.
+    """
 
     config: BuildConfig
     premasked_url: str
     output_url: str
-    header: CacheHeader
+    header_values: Mapping[str, Any]
     teacher: TeacherIdentity
     tasks: tuple[int, ...]
-    fit_rows: tuple[int, ...]
+    calibration: CalibrationPlan | None
+    has_chunks: bool
 
     @property
-    def spec(self) -> ScoreSpec:
-        """What is asked of the teacher; the true token's log-prob comes with every answer."""
-        candidates = self.header.candidates
-        if candidates is None:
-            return ScoreSpec(k=0, temperatures=(), vocab_size=self.header.teacher_model.vocab_size)
-        return ScoreSpec(
-            k=candidates.k,
-            temperatures=candidates.temperatures,
-            vocab_size=candidates.vocab_size,
-        )
+    def teacher_model(self) -> TeacherFacts:
+        """What the header says of the teacher."""
+        facts: TeacherFacts = self.header_values["teacher_model"]
+        return facts
+
+    def header(
+        self, payloads: tuple[PayloadFacts, ...], fidelity: tuple[FidelityFacts, ...]
+    ) -> CacheHeader:
+        """Return the header of the cache that holds these payloads."""
+        return CacheHeader(**self.header_values, payloads=payloads, fidelity=fidelity)
+
+    def with_chunks(self, payloads: tuple[PayloadFacts, ...]) -> tuple[PayloadFacts, ...]:
+        """Return the payloads in the order of a row, with chunks where the config wants them."""
+        chunks = (ChunksFacts(),) if self.has_chunks else ()
+        return (*payloads[:1], *chunks, *payloads[1:])
 
 
 def make_plan(config: BuildConfig, premasked: Cache, output_url: str) -> BuildPlan:
@@ -120,87 +87,41 @@ def make_plan(config: BuildConfig, premasked: Cache, output_url: str) -> BuildPl
         raise DataError(f"{premasked.url}: the premasked set has no rows", reason="empty")
     checkpoint = open_checkpoint(config.teacher.model, config.teacher.revision)
     head_rows = int(checkpoint.config.get("vocab_size", 0))
-    names = config.payloads or _DEFAULT_PAYLOADS[manifest.alignment]
+    wanted = config.wanted(manifest.alignment)
     _check_embedding(head_rows, manifest)
-    fit_rows: tuple[int, ...] = ()
-    payloads: list[CandidatesFacts | ChunksFacts] = []
-    if "candidates" in names:
+    calibration = None
+    if "candidates" in wanted or config.payload == "auto":
         vocab_size = _shared_vocab_size(config.candidates, manifest, premasked.url)
-        _check_vocabulary(config.candidates.k, vocab_size, head_rows)
-        wanted = config.candidates.mean_logits_positions
-        fit_rows, fit_positions = choose_fit_rows(premasked, wanted)
-        payloads.append(_candidates_facts(config.candidates, vocab_size, fit_positions))
-    if "chunks" in names:
-        payloads.append(ChunksFacts(codec="raw", codec_version=1))
+        _check_vocabulary(vocab_size, head_rows)
+        calibration = plan_calibration(config, premasked, vocab_size)
     _check_tokenizer(checkpoint, manifest)
     _check_block_size(config.teacher, manifest)
     teacher = identify_teacher(config.teacher, checkpoint)
-    header = CacheHeader(
-        **{name: getattr(manifest, name) for name in Header.model_fields if name != "kind"},
-        premasked_sha256=identity(manifest),
-        comp_demo=config.comp_demo,
-        teacher_model=_teacher_facts(teacher, head_rows, device_name(config.teacher)),
-        payloads=tuple(payloads),
-        build_config=config.model_dump(mode="json"),
-        build_provenance=provenance.collect("tide-cache build", _PACKAGES),
-    )
+    copied = {name for name in Header.model_fields if name not in ("kind", "format_version")}
+    header_values = {
+        **{name: getattr(manifest, name) for name in copied},
+        "premasked_sha256": identity(manifest),
+        "comp_demo": config.comp_demo,
+        "teacher_model": _teacher_facts(teacher, head_rows, device_name(config.teacher)),
+        "build_config": config.model_dump(mode="json"),
+        "build_provenance": provenance.collect("tide-cache build", _PACKAGES),
+    }
     return BuildPlan(
         config=config,
         premasked_url=premasked.url,
         output_url=output_url,
-        header=header,
+        header_values=header_values,
         teacher=teacher,
         tasks=tuple(sorted({shard.task for shard in manifest.shards})),
-        fit_rows=fit_rows,
+        calibration=calibration,
+        has_chunks="chunks" in wanted,
     )
-
-
-def choose_fit_rows(premasked: Cache, num_positions: int) -> tuple[tuple[int, ...], int]:
-    """Choose evenly spread rows of view 0 that hold at least `num_positions` payload positions.
-
-    Returns row numbers and the exact count of their positions; a pure function of the set. Zero
-    positions asked for, or a set that has none, gives none.
-    """
-    if num_positions == 0:
-        return (), 0
-    # Halving strides visits the whole set evenly, however early the loop stops.
-    num_rows = premasked.num_samples
-    order = sorted(range(num_rows), key=lambda row: (_bit_reversed(row), row))
-    chosen: list[int] = []
-    found = 0
-    for start in range(0, num_rows, 64):
-        rows = order[start : start + 64]
-        for row, content in zip(
-            rows, table_to_rows(premasked.read_rows(0, rows), "positions"), strict=True
-        ):
-            chosen.append(row)
-            found += len(payload_positions(content.student_mask_L, content.alignment_RX))
-            if found >= num_positions:
-                return tuple(sorted(chosen)), found
-    return (tuple(sorted(chosen)), found) if found else ((), 0)
 
 
 def device_name(config: TeacherConfig) -> str:
     """Return the kind of device that decides rounding: `cpu`, or the name of the GPU."""
     wants_gpu = config.device != "cpu" and torch.cuda.is_available()
     return torch.cuda.get_device_name() if wants_gpu else "cpu"
-
-
-def _bit_reversed(row: int) -> int:
-    return int(f"{row:032b}"[::-1], 2)
-
-
-def _candidates_facts(
-    config: CandidatesConfig, vocab_size: int, fit_positions: int
-) -> CandidatesFacts:
-    return CandidatesFacts(
-        codec="raw",
-        codec_version=1,
-        k=config.k,
-        vocab_size=vocab_size,
-        temperatures=config.temperatures,
-        mean_logits_positions=fit_positions,
-    )
 
 
 def _shared_vocab_size(config: CandidatesConfig, manifest: PremaskedManifest, url: str) -> int:
@@ -226,11 +147,7 @@ def _shared_vocab_size(config: CandidatesConfig, manifest: PremaskedManifest, ur
     return config.vocab_size
 
 
-def _check_vocabulary(k: int, vocab_size: int, head_rows: int) -> None:
-    if k > vocab_size:
-        raise ConfigError(
-            f"candidates.k: expected at most the {vocab_size} ids of the shared vocabulary, got {k}"
-        )
+def _check_vocabulary(vocab_size: int, head_rows: int) -> None:
     if head_rows < vocab_size:
         raise CompatibilityError(
             f"teacher.model: its output head has {head_rows} rows, fewer than the {vocab_size} "
@@ -294,15 +211,20 @@ def _teacher_facts(teacher: TeacherIdentity, head_rows: int, device: str) -> Tea
     )
 
 
-def projected_bytes(plan: BuildPlan, counts: Mapping[str, int]) -> int:
-    """Return the payloads' size before compression: an upper bound of what `raw` codecs write."""
-    total = 0
-    for payload in plan.header.payloads:
-        if isinstance(payload, CandidatesFacts):
-            per_entry = 8 * payload.k + 4 * len(payload.temperatures) + 4
-        else:
-            per_entry = 4
-        total += per_entry * (
-            counts.get("num_payload_positions", 0) + counts.get("num_active_chunks", 0)
-        )
-    return total
+def projected_bytes(plan: BuildPlan, counts: Mapping[str, int]) -> int | None:
+    """Return the payloads' size before compression, or None where calibration decides it."""
+    num_entries = counts.get("num_payload_positions", 0) + counts.get("num_active_chunks", 0)
+    per_entry = 4 if plan.has_chunks else 0
+    if plan.calibration is not None:
+        setting = plan.calibration.setting
+        if setting is None or setting.nats is not None:
+            return None
+        per_entry += raw_bytes(setting, len(plan.config.candidates.temperatures))
+    return per_entry * num_entries
+
+
+def raw_bytes(setting: Setting, num_temperatures: int) -> int:
+    """Return the bytes of a position under a candidates setting before compression."""
+    if setting.bits is None:
+        return 8 * setting.k + 4 * num_temperatures + 4
+    return 4 * setting.k + 8 * num_temperatures + 12

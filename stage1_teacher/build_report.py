@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from stage1_teacher.build_plan import BuildPlan, projected_bytes
-from tide_cache.card import describe_payload, entries_count
+from tide_cache.card import describe_fidelity, entries_count
 from tide_cache.manifest import CacheManifest, Manifest, identity
 
 
@@ -18,6 +18,7 @@ def as_json(manifest: Manifest, url: str, *, num_tasks: Mapping[str, int]) -> di
         "teacher": manifest.teacher_model.model_dump(),
         "payloads": [payload.model_dump(mode="json") for payload in manifest.payloads],
         "bytes_per_entry": bytes_per_entry(manifest),
+        "fidelity": [facts.model_dump(mode="json") for facts in manifest.fidelity],
         "num_tasks": dict(num_tasks),
     }
 
@@ -43,6 +44,7 @@ def lines(manifest: Manifest, url: str, *, num_tasks: Mapping[str, int]) -> list
             f"{num_entries:,} {what} for {counts['num_masked_positions']:,} masked positions, "
             f"{bytes_per_entry(manifest)} bytes each (everything included)",
         ),
+        *[("fidelity", describe_fidelity(facts)) for facts in manifest.fidelity],
         ("next", f"tide-train CONFIG.yaml --cache {url}"),
     ]
 
@@ -53,15 +55,18 @@ def dry_run_as_json(plan: BuildPlan, counts: Mapping[str, int]) -> dict[str, Any
         "dry_run": True,
         "num_tasks": len(plan.tasks),
         "counts": dict(counts),
-        "teacher": plan.header.teacher_model.model_dump(),
-        "payloads": [payload.model_dump(mode="json") for payload in plan.header.payloads],
+        "teacher": plan.teacher_model.model_dump(),
+        "payloads": payload_names(plan),
+        "num_calibration_positions": _calibration_positions(plan),
         "payload_bytes_before_compression": projected_bytes(plan, counts),
     }
 
 
 def dry_run_lines(plan: BuildPlan, counts: Mapping[str, int]) -> list[tuple[str, str]]:
     """Return what a build would make, as (label, text) pairs."""
-    teacher = plan.header.teacher_model
+    teacher = plan.teacher_model
+    size = projected_bytes(plan, counts)
+    fitted, measured = _calibration_positions(plan)
     return [
         (
             "teacher",
@@ -69,10 +74,32 @@ def dry_run_lines(plan: BuildPlan, counts: Mapping[str, int]) -> list[tuple[str,
             f"{teacher.device}",
         ),
         ("tasks", f"{len(plan.tasks)}, {counts.get('num_rows', 0):,} rows"),
-        *[("payload", describe_payload(payload)) for payload in plan.header.payloads],
-        ("size", f"at most {projected_bytes(plan, counts) / 1e6:,.1f} MB before compression"),
+        *[("payload", name) for name in payload_names(plan)],
+        ("calibrate", f"fit on {fitted:,} positions, measure on {measured:,} others"),
+        (
+            "size",
+            "decided by calibration: 'tide-cache calibrate' projects it"
+            if size is None
+            else f"at most {size / 1e6:,.1f} MB before compression",
+        ),
         ("written", "nothing"),
     ]
+
+
+def payload_names(plan: BuildPlan) -> list[str]:
+    """Return the payloads that a plan will make, as far as they are decided."""
+    names = ["chunks: one log-prob each"] if plan.has_chunks else []
+    if plan.calibration is not None:
+        setting = plan.calibration.setting
+        auto = f"auto: the smallest that reaches fidelity {plan.config.fidelity:g}"
+        names.insert(0, auto if setting is None else setting.name)
+    return names
+
+
+def _calibration_positions(plan: BuildPlan) -> tuple[int, int]:
+    if plan.calibration is None:
+        return 0, 0
+    return plan.calibration.fit_rows.num_positions, plan.calibration.measure_rows.num_positions
 
 
 def bytes_per_entry(manifest: CacheManifest) -> float | None:

@@ -149,11 +149,70 @@ def build(
             num_tasks["kept" if was_done else "made"] += 1
             progress.advance(record.counts.get("num_rows", 0), was_done=was_done)
 
-        manifest = run_build(plan, num_workers=workers, on_task=on_task)
+        manifest = run_build(
+            plan,
+            num_workers=workers,
+            on_task=on_task,
+            on_calibration=progress.preparing("calibrate"),
+        )
     if json_output:
         _print_json(build_report.as_json(manifest, plan.output_url, num_tasks=num_tasks))
     else:
         _print_lines(build_report.lines(manifest, plan.output_url, num_tasks=num_tasks))
+
+
+def calibrate(
+    config_path: ConfigPath,
+    premasked: Annotated[
+        str, typer.Option("-p", "--premasked", metavar="DIR", help="Premasked set to sample.")
+    ],
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL", help="Check a finished cache on other positions instead of comparing."
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be asked of the teacher, stop.")
+    ] = False,
+    json_output: Json = False,
+) -> None:
+    """Compare payload settings against the teacher's full logits: fidelity, bytes, decode cost.
+
+    A build measures its own setting by itself, and with `payload: auto` chooses from this table.
+
+    [bold]Examples[/bold]
+
+    tide-cache calibrate examples/wedlm_to_qwen3.yaml -p runs/premasked
+
+    tide-cache calibrate build.yaml -p runs/premasked --set student=runs/student/final --json
+
+    tide-cache calibrate build.yaml -p runs/premasked --cache runs/cache
+    """
+    # Imported here: these bring torch and transformers, for which no other command should wait.
+    from stage1_teacher import calibrate_report
+    from stage1_teacher.calibrate_command import check_finished, compare_settings, plan_of
+    from stage1_teacher.payload_config import BuildConfig
+    from stage1_teacher.progress import SliceProgress
+    from tide_cache.cache import open_cache
+
+    config = load_config(config_path, BuildConfig, overrides or (), section="build")
+    source = open_cache(premasked)
+    plan = plan_of(config, source)
+    if dry_run:
+        facts = calibrate_report.dry_run_facts(plan)
+    else:
+        with SliceProgress("calibrate") as progress:
+            if cache is not None:
+                facts = check_finished(plan, source, open_cache(cache), on_slice=progress.update)
+            else:
+                found = compare_settings(plan, source, on_slice=progress.update)
+                facts = calibrate_report.as_json(found)
+    if json_output:
+        _print_json(facts)
+    else:
+        calibrate_report.print_facts(facts)
 
 
 def _print_json(value: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ terminal a line is written at most every `_SECONDS_BETWEEN_LINES`, and one at th
 """
 
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
@@ -63,6 +64,22 @@ class RowProgress:
                 self._last_line_s = now_s
                 self._line()
 
+    def preparing(self, title: str) -> Callable[[int, int], None]:
+        """Return a callback (done, total) that shows work which comes before the first row."""
+        said = time.monotonic()
+
+        def show(done: int, total: int) -> None:
+            nonlocal said
+            self._bar.update(self._task, detail=f"{title}: {done} of {total} slices")
+            now_s = time.monotonic()
+            if not self._console.is_terminal and now_s - said >= _SECONDS_BETWEEN_LINES:
+                said = now_s
+                self._console.print(f"{title}: {done} of {total} slices", highlight=False)
+            # Speed counts from the first row on.
+            self._begun_s = now_s
+
+        return show
+
     def _rows_per_s(self) -> float:
         elapsed_s = max(time.monotonic() - self._begun_s, 1e-6)
         return (self._num_done - self._num_skipped) / elapsed_s
@@ -82,3 +99,38 @@ class RowProgress:
             highlight=False,
             markup=False,
         )
+
+
+class SliceProgress:
+    """Counts slices of work on stderr; use as a context manager, `update(done, total)`."""
+
+    def __init__(self, title: str, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True, soft_wrap=True)
+        self._title = title
+        self._last_line_s = time.monotonic()
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task(title, total=None)
+
+    def __enter__(self) -> "SliceProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def update(self, done: int, total: int) -> None:
+        """Say how many slices are done."""
+        self._bar.update(self._task, completed=done, total=total)
+        now_s = time.monotonic()
+        if not self._console.is_terminal and now_s - self._last_line_s >= _SECONDS_BETWEEN_LINES:
+            self._last_line_s = now_s
+            text = f"{self._title}: {done} of {total} slices"
+            self._console.print(text, highlight=False, markup=False)

@@ -21,6 +21,7 @@ from stage2_student.columns import Int64Array, bit_masks, list_values, require
 from stage2_student.teacher_rows import TeacherReading, TeacherRows, decode_teacher
 from tide_cache.cache import Cache
 from tide_cache.errors import FormatError
+from tide_cache.payloads import check_payloads, num_entries
 from tide_cache.rows import table_to_rows
 from tide_cache.verify import check_row_of
 
@@ -132,8 +133,14 @@ class BatchReader:
     def _explain(self, view: int, rows: Sequence[int] | Int64Array) -> None:
         """Let the format's own check say what is wrong, if it can."""
         manifest = self._cache.manifest
-        for row in table_to_rows(self._cache.read_rows(view, rows), manifest.alignment):
+        table = self._cache.read_rows(view, rows)
+        whole = table_to_rows(table, manifest.alignment)
+        for row in whole:
             check_row_of(row, manifest, view)
+        if self._teacher is not None:
+            num_entries_B = np.array([num_entries(row, manifest.alignment) for row in whole])
+            for problem in check_payloads(table, self._teacher.codecs, num_entries_B):
+                raise FormatError(problem)
 
 
 def decode_rows(table: pa.Table, *, num_ids: int, pad_to: Callable[[int], int] = int) -> NoisedRows:

@@ -5,15 +5,25 @@ would train something else than its author believes (another tokenizer, another 
 temperature whose mass the cache does not know) is refused, never adapted.
 """
 
+import logging
 from typing import Literal
 
-from stage2_student.losses import Tail
 from stage2_student.objective import ObjectiveConfig, PayloadName
 from stage2_student.student_source import StudentSource
-from stage2_student.teacher_rows import CandidatesReading, TeacherReading, read_mean_logits
+from stage2_student.teacher_rows import (
+    CandidatesReading,
+    TeacherReading,
+    read_mean_logits,
+    read_replay_head,
+)
 from tide_cache.cache import Cache
 from tide_cache.errors import CompatibilityError
-from tide_cache.manifest import CacheManifest, CandidatesFacts, ChunksFacts, Manifest
+from tide_cache.manifest import CacheManifest, Manifest
+from tide_cache.payload_facts import CandidatesFacts, ChunksFacts
+from tide_cache.payloads import Codecs, open_codecs
+from tide_cache.tails import NEEDS_MEAN, Tail
+
+logger = logging.getLogger(__name__)
 
 
 def check_student(cache: Cache, source: StudentSource) -> None:
@@ -67,30 +77,58 @@ def chunks_facts(manifest: Manifest) -> ChunksFacts | None:
 def teacher_reading(cache: Cache, objective: ObjectiveConfig) -> TeacherReading | None:
     """Say what has to be read for the losses: nothing where they need no teacher and no chunks.
 
-    The set must have passed `check_objective`. Raises FormatError for damaged mean logits.
+    The set must have passed `check_objective`. Raises FormatError for damaged codec files.
     """
     wanted = objective.payloads
     # With one tokenizer each mask is one draw: nothing to count, and `unbiased` is `published`.
     num_draws = objective.counts_draws and cache.manifest.alignment == "chunks"
     if not wanted and not num_draws:
         return None
-    facts = candidates_facts(cache.manifest) if "candidates" in wanted else None
+    codecs = Codecs()
+    if wanted and isinstance(cache.manifest, CacheManifest):
+        codecs = open_codecs(cache.store, cache.manifest)
     return TeacherReading(
         alignment=cache.manifest.alignment,
-        candidates=None if facts is None else candidates_reading(cache, facts, tail=objective.tail),
-        chunks=chunks_facts(cache.manifest) if "chunks" in wanted else None,
+        candidates=candidates_reading(cache, codecs, tail=objective.tail)
+        if "candidates" in wanted
+        else None,
+        chunks=codecs.chunks if "chunks" in wanted else None,
         num_draws=num_draws,
     )
 
 
+def chosen_tail(manifest: CacheManifest, tail: Literal["auto"] | Tail) -> Tail:
+    """Return the tail that is meant: for `auto` the most faithful one that the cache has."""
+    if tail != "auto":
+        return tail
+    if manifest.hidden is not None:
+        return "hidden"
+    facts = manifest.candidates
+    return "mean" if facts is not None and facts.mean_logits_positions else "uniform"
+
+
 def candidates_reading(
-    cache: Cache, facts: CandidatesFacts, *, tail: Literal["auto", "mean", "uniform"]
+    cache: Cache, codecs: Codecs, *, tail: Literal["auto"] | Tail
 ) -> CandidatesReading:
-    """Say how a cache's candidates are read, with its mean logits where the tail needs them."""
-    has_mean = facts.mean_logits_positions > 0
-    chosen: Tail = ("mean" if has_mean else "uniform") if tail == "auto" else tail
-    mean_V = read_mean_logits(cache, facts) if chosen == "mean" else None
-    return CandidatesReading(facts=facts, tail=chosen, mean_logits_V=mean_V)
+    """Say how a cache's candidates are read, with what their tail needs."""
+    manifest, codec = cache.manifest, codecs.candidates
+    assert isinstance(manifest, CacheManifest) and codec is not None
+    chosen = chosen_tail(manifest, tail)
+    if chosen == "none":
+        logger.warning(
+            "tail none: the candidates are renormalised, which is a wrong gradient wherever the "
+            "teacher is not sure; for comparison only"
+        )
+    is_hidden = chosen == "hidden" and manifest.hidden is not None
+    return CandidatesReading(
+        codec=codec,
+        tail=chosen,
+        mean_logits_V=read_mean_logits(cache, codec.facts) if chosen in NEEDS_MEAN else None,
+        hidden=codecs.hidden if is_hidden else None,
+        head=read_replay_head(cache, manifest.hidden)
+        if is_hidden and manifest.hidden is not None
+        else None,
+    )
 
 
 def _check_block_size(cache: Cache, source: StudentSource) -> None:
@@ -121,11 +159,20 @@ def _check_candidates(
             f"{facts.vocab_size} ids, the student has {num_embedding_rows}",
             hint="start from a checkpoint whose embedding covers its tokenizer",
         )
-    if objective.tail == "mean" and facts.mean_logits_positions == 0:
+    if objective.tail in NEEDS_MEAN and facts.mean_logits_positions == 0:
         raise CompatibilityError(
-            f"{cache.url}: objective.tail: 'mean' needs the teacher's mean logits, which this "
-            "cache does not hold",
+            f"{cache.url}: objective.tail: {objective.tail!r} needs the teacher's mean logits, "
+            "which this cache does not hold",
             hint="set objective.tail: uniform, or build with mean_logits_positions above 0",
+        )
+    manifest = cache.manifest
+    if objective.tail == "hidden" and not (
+        isinstance(manifest, CacheManifest) and manifest.hidden is not None
+    ):
+        raise CompatibilityError(
+            f"{cache.url}: objective.tail: 'hidden' needs the payload hidden, which this cache "
+            "does not hold",
+            hint="set objective.tail: auto, or build with payloads: [hidden]",
         )
 
 

@@ -21,14 +21,16 @@ from torch.nn import functional
 from stage2_student.attention import AttentionMasks
 from stage2_student.batches import Batch, BatchReader
 from stage2_student.compatibility import candidates_reading
-from stage2_student.losses import kl_per_position
+from stage2_student.losses import TeacherCandidates, kl_per_position
 from stage2_student.objective import at_candidates
+from stage2_student.slices import SLICE_FLOATS
 from stage2_student.student import Student
 from stage2_student.teacher_rows import TeacherReading
 from tide_cache.cache import Cache
 from tide_cache.config import StrictModel
 from tide_cache.errors import CompatibilityError
 from tide_cache.manifest import CacheManifest
+from tide_cache.payloads import open_codecs
 
 if TYPE_CHECKING:
     from transformers import Qwen3ForCausalLM
@@ -126,12 +128,22 @@ def _measure(student: Student, batch: Batch) -> tuple[Tensor, Tensor | None, Ten
     candidates, chunks = batch.teacher.candidates, batch.teacher.chunks
     kl_Q = chunk_kl_C = None
     if candidates is not None:
-        kl_Q = kl_per_position(at_candidates(logits_PV, batch), candidates, temperature=1.0)
+        kl_Q = _kl_in_slices(at_candidates(logits_PV, batch), candidates)
     if chunks is not None:
         summed_C = torch.zeros_like(chunks.logprob_C)
         summed_C = summed_C.index_add(0, chunks.chunk_E, -nll_P[chunks.index_E])
         chunk_kl_C = binary_kl(chunks.logprob_C, summed_C)
     return nll_P, kl_Q, chunk_kl_C
+
+
+def _kl_in_slices(logits_QV: Tensor, candidates: TeacherCandidates) -> Tensor:
+    step = max(1, SLICE_FLOATS // candidates.vocab_size)
+    starts = range(0, len(logits_QV), step)
+    slices = [
+        kl_per_position(logits_QV[a : a + step], candidates.slice(a, a + step), temperature=1.0)
+        for a in starts
+    ]
+    return torch.cat(slices) if slices else logits_QV.new_zeros(0)
 
 
 def binary_kl(teacher_logprob_C: Tensor, student_logprob_C: Tensor) -> Tensor:
@@ -211,12 +223,13 @@ def _teacher(cache: Cache) -> TeacherReading | None:
     manifest = cache.manifest
     if not isinstance(manifest, CacheManifest):
         return None
+    codecs = open_codecs(cache.store, manifest)
     facts = manifest.candidates
     if facts is not None and 1.0 not in facts.temperatures:
         logger.warning("%s: no temperature 1 in the build: KL is not measured", cache.url)
         facts = None
     return TeacherReading(
         alignment=manifest.alignment,
-        candidates=None if facts is None else candidates_reading(cache, facts, tail="auto"),
-        chunks=manifest.chunks,
+        candidates=None if facts is None else candidates_reading(cache, codecs, tail="auto"),
+        chunks=codecs.chunks,
     )

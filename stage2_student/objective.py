@@ -32,8 +32,10 @@ from stage2_student.losses import (
     token_logprobs,
 )
 from stage2_student.schedules import Axis, Interpolation, Schedule, TimestepWeight
+from stage2_student.slices import summed_in_slices
 from tide_cache.config import StrictModel
 from tide_cache.errors import ConfigError
+from tide_cache.tails import Tail
 
 PayloadName = Literal["candidates", "chunks"]
 MaskWeight = Literal["published", "unbiased"]
@@ -85,8 +87,11 @@ class ObjectiveConfig(StrictModel):
     schedule: Schedule = "cosine"
     axis: Axis = "both"
     timestep_weight: TimestepWeight = "uniform"
-    tail: Literal["auto", "mean", "uniform"] = Field(
-        "auto", description="of candidates; auto: mean where the cache has mean logits"
+    tail: Literal["auto"] | Tail = Field(
+        "auto",
+        description="what the ids are taken to be that are no candidates (tide_cache.tails). auto: "
+        "hidden where the cache has that payload, else mean, else uniform. none renormalises the "
+        "candidates: a wrong gradient, for comparison only",
     )
 
     @property
@@ -210,26 +215,37 @@ def _ce(objective: Objective, logits_PV: Tensor, batch: Batch, _progress: float)
 
 
 def _tidal(objective: Objective, logits_PV: Tensor, batch: Batch, progress: float) -> Tensor:
-    assert batch.teacher.candidates is not None
-    return tidal_per_position(
-        at_candidates(logits_PV, batch),
-        batch.teacher.candidates,
-        batch.timestep_P[batch.teacher.index_Q],
-        progress=progress,
-        interpolation=objective.interpolation,
-        temperature=objective.config.temperature,
-    ).sum()
+    teacher = batch.teacher.candidates
+    assert teacher is not None
+    timestep_Q = batch.timestep_P[batch.teacher.index_Q]
+
+    def loss(student_PV: Tensor, start: int, stop: int) -> Tensor:
+        return tidal_per_position(
+            student_PV,
+            teacher.slice(start, stop),
+            timestep_Q[start:stop],
+            progress=progress,
+            interpolation=objective.interpolation,
+            temperature=objective.config.temperature,
+        ).sum()
+
+    return summed_in_slices(at_candidates(logits_PV, batch), loss)
 
 
 def _kl(direction: Direction) -> Term:
     def term(objective: Objective, logits_PV: Tensor, batch: Batch, _progress: float) -> Tensor:
-        assert batch.teacher.candidates is not None
-        return kl_per_position(
-            at_candidates(logits_PV, batch),
-            batch.teacher.candidates,
-            temperature=objective.config.temperature,
-            direction=direction,
-        ).sum()
+        teacher = batch.teacher.candidates
+        assert teacher is not None
+
+        def loss(student_PV: Tensor, start: int, stop: int) -> Tensor:
+            return kl_per_position(
+                student_PV,
+                teacher.slice(start, stop),
+                temperature=objective.config.temperature,
+                direction=direction,
+            ).sum()
+
+        return summed_in_slices(at_candidates(logits_PV, batch), loss)
 
     return term
 

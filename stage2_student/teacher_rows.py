@@ -27,12 +27,16 @@ from stage2_student.aligned_rows import (
     partnered_tokens,
 )
 from stage2_student.columns import Int64Array
-from stage2_student.losses import Tail, TeacherCandidates
+from stage2_student.losses import HiddenRows, ReplayHead, Tail, TeacherCandidates
+from tide_cache import payloads
 from tide_cache.cache import Cache
-from tide_cache.canonical import sha256_hex
+from tide_cache.codec_files import read_codec_bytes, read_tensors
 from tide_cache.errors import FormatError
-from tide_cache.manifest import CandidatesFacts, ChunksFacts
-from tide_cache.payloads import candidates, chunks
+from tide_cache.payload_facts import CandidatesFacts, HiddenFacts
+from tide_cache.payloads import CandidatesCodec, Codecs
+from tide_cache.payloads.candidates import CODEC_FILE, NO_ID
+from tide_cache.payloads.chunks import RawChunks
+from tide_cache.payloads.hidden import HEAD_FILE, TRANSFORM_FILE, HiddenCodec, Transform
 from tide_cache.rows import AlignmentKind
 
 _ALIGNMENT_COLUMN: dict[AlignmentKind, str] = {"positions": "align_runs", "chunks": "chunks"}
@@ -40,11 +44,23 @@ _ALIGNMENT_COLUMN: dict[AlignmentKind, str] = {"positions": "align_runs", "chunk
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class CandidatesReading:
-    """How a `candidates` payload is read: its tail, and the mean logits that `mean` needs."""
+    """How a `candidates` payload is read: codec, tail, and what the tail needs.
 
-    facts: CandidatesFacts
+    `mean_logits_V` for `mean` and `mean_student`; `hidden` and `head`, the codec and the output
+    head of the payload beside it, for `hidden`.
+    """
+
+    codec: CandidatesCodec
     tail: Tail
     mean_logits_V: Tensor | None
+    hidden: HiddenCodec | None = None
+    head: ReplayHead | None = None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that have to be read."""
+        fields = self.codec.fields() + ([] if self.hidden is None else self.hidden.fields())
+        return tuple(field.name for field in fields)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -56,17 +72,27 @@ class TeacherReading:
 
     alignment: AlignmentKind
     candidates: CandidatesReading | None = None
-    chunks: ChunksFacts | None = None
+    chunks: RawChunks | None = None
     num_draws: bool = False
+
+    @property
+    def codecs(self) -> Codecs:
+        """The codecs of the payloads that are read."""
+        candidates = self.candidates
+        return Codecs(
+            candidates=None if candidates is None else candidates.codec,
+            chunks=self.chunks,
+            hidden=None if candidates is None else candidates.hidden,
+        )
 
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns that have to be read."""
         found: tuple[str, ...] = ()
         if self.candidates is not None:
-            found += candidates.COLUMNS
+            found += self.candidates.columns
         if self.chunks is not None:
-            found += chunks.COLUMNS
+            found += tuple(field.name for field in self.chunks.fields())
         if not found and not self.num_draws:
             return ()
         return (_ALIGNMENT_COLUMN[self.alignment], *found)
@@ -166,49 +192,35 @@ def decode_teacher(table: pa.Table, noised: NoisedRows, reading: TeacherReading)
 def _decode_candidates(
     table: pa.Table, reading: CandidatesReading, num_positions_B: Int64Array
 ) -> TeacherCandidates:
-    rows = [
-        candidates.decode(
-            dict(zip(candidates.COLUMNS, values, strict=True)),
-            reading.facts,
-            num_positions,
-            where=f"sample {sample_id}",
-        )
-        for sample_id, num_positions, *values in zip(
-            table["sample_id"].to_pylist(),
-            num_positions_B.tolist(),
-            *(table[name].to_pylist() for name in candidates.COLUMNS),
-            strict=True,
-        )
-    ]
-    ids_QK = np.concatenate([row.ids_PK for row in rows]).astype(np.int64)
+    found = reading.codec.decode(table, num_positions_B)
+    facts, logshare_PT = reading.codec.facts, found.tail_logshare_PT
+    ids_QK = found.ids_PK.astype(np.int64)
+    ids_QK[ids_QK == NO_ID] = facts.vocab_size
+    hidden = None
+    if reading.hidden is not None and reading.head is not None:
+        code_QR = torch.from_numpy(reading.hidden.decode(table, num_positions_B))
+        hidden = HiddenRows(code_PR=code_QR, head=reading.head)
     return TeacherCandidates(
         ids_PK=torch.from_numpy(ids_QK),
-        logits_PK=torch.from_numpy(np.concatenate([row.logits_PK for row in rows])),
-        logsumexp_PT=torch.from_numpy(np.concatenate([row.logsumexp_PT for row in rows])),
-        temperatures=reading.facts.temperatures,
-        vocab_size=reading.facts.vocab_size,
+        logits_PK=torch.from_numpy(np.array(found.logits_PK)),
+        logsumexp_PT=torch.from_numpy(np.array(found.logsumexp_PT)),
+        tail_logshare_PT=None if logshare_PT is None else torch.from_numpy(np.array(logshare_PT)),
+        temperatures=facts.temperatures,
+        vocab_size=facts.vocab_size,
         mean_logits_V=reading.mean_logits_V,
+        hidden=hidden,
         tail=reading.tail,
     )
 
 
 def _decode_chunks(
-    table: pa.Table, facts: ChunksFacts, tokens: AlignedTokens, noised: NoisedRows
+    table: pa.Table, codec: RawChunks, tokens: AlignedTokens, noised: NoisedRows
 ) -> ChunkTargets:
-    (column,) = chunks.COLUMNS
-    logprobs = [
-        chunks.decode({column: data}, facts, num_chunks, where=f"sample {sample_id}")
-        for sample_id, num_chunks, data in zip(
-            table["sample_id"].to_pylist(),
-            tokens.num_entries_B.tolist(),
-            table[column].to_pylist(),
-            strict=True,
-        )
-    ]
+    logprob_C = codec.decode(table, tokens.num_entries_B)
     return ChunkTargets(
         index_E=torch.from_numpy(tokens.index_E),
         chunk_E=torch.from_numpy(tokens.entry_E),
-        logprob_C=torch.from_numpy(np.concatenate(logprobs)),
+        logprob_C=torch.from_numpy(np.array(logprob_C)),
         timestep_C=torch.from_numpy(noised.timestep_B[tokens.row_of_entry_C]),
     )
 
@@ -218,22 +230,36 @@ def read_mean_logits(cache: Cache, facts: CandidatesFacts) -> Tensor:
 
     Raises FormatError when the file is damaged or its tensor is not what the manifest says.
     """
-    path, name = candidates.MEAN_LOGITS_FILE, candidates.MEAN_LOGITS_TENSOR
-    where = f"{cache.url}/{path}"
-    listed = {file.path: file.sha256 for file in cache.manifest.files}
-    data = cache.store.read_bytes(path)
-    if listed.get(path) != sha256_hex(data):
-        raise FormatError(
-            f"{where}: sha256 mismatch (expected {(listed.get(path) or 'none listed')[:12]}…, got "
-            f"{sha256_hex(data)[:12]}…)",
-            hint=f"run 'tide-cache verify {cache.url}'",
-        )
+    tensors = read_tensors(cache.store, cache.manifest.files, CODEC_FILE)
+    mean_V = payloads.read_mean_logits(tensors, facts, where=f"{cache.url}/{CODEC_FILE}")
+    return torch.from_numpy(mean_V.copy())
+
+
+def read_replay_head(cache: Cache, facts: HiddenFacts) -> ReplayHead:
+    """Read what replays the hidden states of a cache, checked against the manifest.
+
+    The head stays in the type in which it is stored. Raises FormatError as `read_mean_logits`.
+    """
+    files, where = cache.manifest.files, f"{cache.url}/{HEAD_FILE}"
+    transform = Transform.from_tensors(facts, read_tensors(cache.store, files, TRANSFORM_FILE))
+    data = read_codec_bytes(cache.store, files, HEAD_FILE)
     try:
-        mean_V: Tensor | None = load(data).get(name)
+        tensors = load(data)
     except SafetensorError as error:
         raise FormatError(f"{where}: not a safetensors file: {error}") from error
-    if mean_V is None or mean_V.shape != (facts.vocab_size,) or mean_V.dtype != torch.float32:
-        raise FormatError(f"{where}: {name}: expected float32 ({facts.vocab_size},)")
-    if not torch.isfinite(mean_V).all():
-        raise FormatError(f"{where}: {name}: expected finite numbers")
-    return mean_V
+    shapes = {"weight": (facts.vocab_size, facts.hidden_size), "bias": (facts.vocab_size,)}
+    for name, shape in shapes.items():
+        tensor = tensors.get(name)
+        if tensor is None and name == "bias":
+            continue
+        if tensor is None or tuple(tensor.shape) != shape or not tensor.is_floating_point():
+            raise FormatError(f"{where}: {name}: expected floats of shape {shape}")
+        if not bool(torch.isfinite(tensor).all()):
+            raise FormatError(f"{where}: {name}: expected finite numbers")
+    return ReplayHead(
+        weight_VD=tensors["weight"],
+        bias_V=tensors.get("bias"),
+        synthesis_DR=torch.from_numpy(transform.synthesis_DR.copy()),
+        mean_D=torch.from_numpy(transform.mean_D.copy()),
+        step=facts.step,
+    )

@@ -8,29 +8,32 @@ same logits online that the cache holds.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 import yaml
 from safetensors.numpy import save
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from tests.payload_builders import (
+    encode,
+    from_cells,
+    logsumexp,
+    resealed,
+    to_cells,
+    top_candidates,
+)
 from tests.set_builders import premasked_header
 from tide_cache.alignment import chunk_active, chunk_masked, fill, payload_positions
 from tide_cache.cache import open_cache
-from tide_cache.manifest import (
-    CacheHeader,
-    CandidatesFacts,
-    ChunksFacts,
-    Header,
-    Manifest,
-    PayloadFacts,
-    TeacherFacts,
-    TokenizerFacts,
-)
-from tide_cache.payloads import candidates, chunks, num_entries, payload_fields
-from tide_cache.payloads.candidates import Candidates
+from tide_cache.manifest import CacheHeader, Header, Manifest, TeacherFacts, TokenizerFacts
+from tide_cache.payload_facts import CandidatesFacts, ChunksFacts, PayloadFacts
+from tide_cache.payloads import Codec, make_codecs, num_entries
+from tide_cache.payloads.candidates import CODEC_FILE, MEAN_LOGITS_TENSOR, Candidates
+from tide_cache.payloads.candidates_raw import RawCandidates
+from tide_cache.payloads.chunks import RawChunks
 from tide_cache.rows import AlignmentKind, PremaskedRow, rows_to_table, table_to_rows
 from tide_cache.shards import read_shard
 from tide_cache.store import Store
@@ -41,6 +44,7 @@ NUM_IDS = 40
 MASK_TOKEN, MASK_ID, EOS_ID, PAD_ID = "<|mask|>", 39, 1, 0
 SHARED = NUM_IDS - 1
 RowChange = Callable[[PremaskedRow], PremaskedRow]
+Spoil = Callable[[str, bytes], bytes]
 
 
 def save_tokenizer(folder: Path, *, with_mask: bool = True, letters: str = "abcdefg") -> Path:
@@ -209,20 +213,25 @@ def write_cache(
     k: int = SHARED,
     temperatures: tuple[float, ...] = (1.0, 2.0),
     mean_logits: bool = False,
-    spoil: Callable[[str, bytes], bytes] = lambda _column, data: data,
+    codec_version: Literal[1, 2] = 2,
+    spoil: Spoil = lambda _column, cell: cell,
+    reseal: bool = False,
 ) -> Manifest:
-    """Write the cache of a premasked set; `spoil` may change payload columns."""
+    """Write the cache of a premasked set, its payloads under the codec `raw`.
+
+    `spoil` may change cells of payload columns, checksums included; `reseal` then makes the
+    checksums right again, so that whatever else is wrong has to be noticed.
+    """
     source = open_cache(premasked)
     known: dict[str, PayloadFacts] = {
         "candidates": CandidatesFacts(
-            codec="raw",
-            codec_version=1,
+            codec_version=codec_version,
             k=k,
             vocab_size=SHARED,
             temperatures=temperatures,
             mean_logits_positions=10 if mean_logits else 0,
         ),
-        "chunks": ChunksFacts(codec="raw", codec_version=1),
+        "chunks": ChunksFacts(codec_version=codec_version),
     }
     chosen = tuple(known[name] for name in payloads)
     alignment = source.manifest.alignment
@@ -233,19 +242,19 @@ def write_cache(
     codec_files = []
     if mean_logits:
         mean_V = np.linspace(-1, 1, SHARED, dtype=np.float32)
-        store.publish(candidates.MEAN_LOGITS_FILE, save({candidates.MEAN_LOGITS_TENSOR: mean_V}))
-        codec_files.append(candidates.MEAN_LOGITS_FILE)
+        store.publish(CODEC_FILE, save({MEAN_LOGITS_TENSOR: mean_V}))
+        codec_files.append(CODEC_FILE)
     tasks = sorted({shard.task for shard in source.manifest.shards})
     for task in tasks:
         tables, all_rows = [], []
         for shard in [s for s in source.manifest.shards if s.task == task]:
             table = read_shard(source.store, shard.path)
             rows = table_to_rows(table, alignment)
-            encoded = [encode_row(row, chosen) for row in rows]
             all_rows += rows
-            for field in payload_fields(header):
-                values = [spoil(field.name, columns[field.name]) for columns in encoded]
-                table = table.append_column(field, [values])
+            for codec in make_codecs(chosen, None).present:
+                payload = encode_rows(rows, codec, spoil=spoil, reseal=reseal)
+                for field in payload.schema:
+                    table = table.append_column(field, payload[field.name])
             tables.append(table)
         counts = count_rows(all_rows, tables[0].num_rows)
         name = "num_payload_positions" if alignment == "positions" else "num_active_chunks"
@@ -264,37 +273,36 @@ def count_rows(rows: list[PremaskedRow], num_samples: int) -> dict[str, int]:
     }
 
 
-def encode_row(row: PremaskedRow, payloads: tuple[PayloadFacts, ...]) -> dict[str, bytes]:
-    """The payload columns of one row."""
-    columns: dict[str, bytes] = {}
-    for facts in payloads:
-        if isinstance(facts, CandidatesFacts):
-            columns |= _encode_candidates(row, facts)
-        else:
-            columns |= chunks.encode(teacher_chunk_logprobs(row), facts, where=row.sample_id)
-    return columns
+def encode_rows(rows: list[PremaskedRow], codec: Codec, *, spoil: Spoil, reseal: bool) -> pa.Table:
+    """The columns of one payload, spoilt cell by cell."""
+    if isinstance(codec, RawCandidates):
+        answers = [_candidates(row, codec.facts) for row in rows]
+        nums_B = [answer.num_positions for answer in answers]
+        table = encode(codec, _end_to_end(answers), np.array(nums_B, dtype=np.int64))
+    else:
+        assert isinstance(codec, RawChunks)
+        logprobs = [teacher_chunk_logprobs(row) for row in rows]
+        nums_B = [len(logprob_C) for logprob_C in logprobs]
+        table = encode(codec, np.concatenate(logprobs), np.array(nums_B, dtype=np.int64))
+    cells = {name: [spoil(name, cell) for cell in old] for name, old in to_cells(table).items()}
+    return (resealed if reseal else from_cells)(cells, table.schema)
 
 
-def _encode_candidates(row: PremaskedRow, facts: CandidatesFacts) -> dict[str, bytes]:
+def _candidates(row: PremaskedRow, facts: CandidatesFacts) -> Candidates:
     logits_PV = teacher_logits(row)
-    ids_PK = np.sort(np.argsort(-logits_PV, axis=1, kind="stable")[:, : facts.k], axis=1)
-    logsumexp_PT = np.stack([_logsumexp(logits_PV / t) for t in facts.temperatures], axis=1)
     labels_P = row.student_ids_L[payload_positions(row.student_mask_L, row.alignment_RX)]
-    label_P = logits_PV[np.arange(len(labels_P)), labels_P] - _logsumexp(logits_PV)
-    answer = Candidates(
-        ids_PK=ids_PK.astype(np.int32),
-        logits_PK=np.take_along_axis(logits_PV, ids_PK, axis=1),
-        logsumexp_PT=logsumexp_PT.astype(np.float32),
+    label_P = logits_PV[np.arange(len(labels_P)), labels_P] - logsumexp(logits_PV)
+    return replace(
+        top_candidates(logits_PV, facts.k, temperatures=facts.temperatures),
         label_logprob_P=np.minimum(label_P, 0).astype(np.float32),
     )
-    return candidates.encode(answer, facts, where=row.sample_id)
 
 
-def _logsumexp(logits_PV: np.ndarray) -> np.ndarray:
-    wide_PV = logits_PV.astype(np.float64)
-    peak_P1 = wide_PV.max(axis=1, keepdims=True, initial=0.0)
-    summed_P1: np.ndarray = np.exp(wide_PV - peak_P1).sum(axis=1, keepdims=True)
-    return np.asarray(peak_P1 + np.log(summed_P1))[:, 0]
+def _end_to_end(answers: list[Candidates]) -> Candidates:
+    names = ("ids_PK", "logits_PK", "logsumexp_PT", "label_logprob_P")
+    return Candidates(
+        **{name: np.concatenate([getattr(answer, name) for answer in answers]) for name in names}
+    )
 
 
 def _cache_header(

@@ -2,7 +2,14 @@
 
 import yaml
 
-from tide_cache.manifest import CacheManifest, ChunksFacts, Manifest, PayloadFacts
+from tide_cache.manifest import CacheManifest, Manifest
+from tide_cache.payload_facts import (
+    ChunksFacts,
+    FidelityFacts,
+    HiddenFacts,
+    PayloadFacts,
+    RankedFacts,
+)
 
 
 def dataset_card(manifest: Manifest) -> str:
@@ -26,10 +33,30 @@ def describe_payload(facts: PayloadFacts) -> str:
     """Return a payload in a few words."""
     if isinstance(facts, ChunksFacts):
         return f"{facts.name}: one log-prob each, codec {facts.codec} {facts.codec_version}"
+    codec = f"codec {facts.codec} {facts.codec_version}"
+    if isinstance(facts, HiddenFacts):
+        return (
+            f"{facts.name}: {facts.num_components} of {facts.hidden_size} components, replayed "
+            f"over {facts.vocab_size:,} ids, {codec}"
+        )
     temperatures = ", ".join(f"{t:g}" for t in facts.temperatures)
+    how_many = f"k = {facts.k}"
+    if isinstance(facts, RankedFacts):
+        codec += f", {facts.bits} bits"
+        if facts.top_p is not None:
+            how_many = f"k = {facts.min_k} to {facts.k} by top-p {facts.top_p:g}"
+    of = f"{how_many} of {facts.vocab_size:,} ids"
+    return f"{facts.name}: {of}, temperatures {temperatures}, {codec}"
+
+
+def describe_fidelity(facts: FidelityFacts) -> str:
+    """Return what was measured of a payload in one line: its least faithful loss."""
+    worst = facts.worst
+    loss = worst.loss if worst.weight is None else f"{worst.loss} at lambda {worst.weight:g}"
     return (
-        f"{facts.name}: k = {facts.k} of {facts.vocab_size:,} ids, temperatures {temperatures}, "
-        f"codec {facts.codec} {facts.codec_version}"
+        f"gradient cosine {worst.cosine:.4f} or better over {len(facts.losses)} losses (least: "
+        f"{loss}, T = {worst.temperature:g}), {facts.setting}, tail {facts.tail}, against a "
+        f"{facts.student} on {facts.num_positions:,} positions"
     )
 
 
@@ -49,6 +76,7 @@ def _body(manifest: Manifest) -> list[str]:
         lines += [
             f"- teacher: `{teacher.name}` ({teacher.dtype}, {teacher.attention} attention)",
             f"- payloads: {payloads}",
+            *[f"- fidelity: {describe_fidelity(facts)}" for facts in manifest.fidelity],
         ]
     lines += [
         f"- student tokenizer: `{manifest.student.name}`",

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tide_cache.card import describe_payload, entries_count
+from tide_cache.card import describe_fidelity, describe_payload, entries_count
 from tide_cache.manifest import CacheManifest, Manifest, identity
 
 
@@ -34,7 +34,8 @@ def summary(manifest: Manifest, *, url: str) -> dict[str, Any]:
             "comp_demo": manifest.comp_demo,
             "payloads": [payload.model_dump(mode="json") for payload in manifest.payloads],
             "payload_texts": [describe_payload(payload) for payload in manifest.payloads],
-            "fidelity": list(manifest.fidelity),
+            "fidelity": [facts.model_dump() for facts in manifest.fidelity],
+            "fidelity_texts": [describe_fidelity(facts) for facts in manifest.fidelity],
             "premasked_sha256": manifest.premasked_sha256,
             "bytes_per_entry": round(size_bytes / num_entries, 2) if num_entries else None,
             "build_provenance": manifest.build_provenance,
@@ -94,7 +95,7 @@ def _cache_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     out += [("payload", text) for text in facts["payload_texts"]]
     out.append(("bytes/entry", f"{facts['bytes_per_entry']} (rows and payloads together)"))
-    out.append(("fidelity", "measured" if facts["fidelity"] else "not measured"))
+    out += [("fidelity", text) for text in facts["fidelity_texts"] or ["not measured"]]
     return out
 
 

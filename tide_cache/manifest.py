@@ -16,10 +16,21 @@ from pydantic import AfterValidator, Field, ValidationError, field_validator
 from tide_cache.canonical import canonical_json, pretty_json, sha256_hex
 from tide_cache.config import StrictModel
 from tide_cache.errors import FormatError
+from tide_cache.payload_facts import (
+    KNOWN_CODECS,
+    CandidatesFacts,
+    ChunksFacts,
+    Count,
+    FidelityFacts,
+    HiddenFacts,
+    PayloadFacts,
+    VocabSize,
+)
 from tide_cache.rows import AlignmentKind
 
 FORMAT: Final = "tide-cache"
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
+READABLE_VERSIONS: Final = (1, 2)
 MANIFEST = "manifest.json"
 _SHARD_PATH = re.compile(r"data/view-\d{2,4}/\d{5,9}\.parquet")
 _FILE_PATH = re.compile(r"(codec/[a-z0-9_]+\.safetensors|README\.md)")
@@ -39,8 +50,6 @@ def _matching(pattern: re.Pattern[str], what: str) -> AfterValidator:
 Sha256 = Annotated[str, _matching(_SHA256, "64 lower-case hex digits")]
 ShardPath = Annotated[str, _matching(_SHARD_PATH, "data/view-NN/NNNNN.parquet")]
 FilePath = Annotated[str, _matching(_FILE_PATH, "codec/NAME.safetensors or README.md")]
-Count = Annotated[int, Field(ge=0)]
-VocabSize = Annotated[int, Field(ge=1, le=1 << 24)]
 
 
 class TokenizerFacts(StrictModel):
@@ -97,33 +106,6 @@ class TeacherFacts(StrictModel):
     device: str
 
 
-class CandidatesFacts(StrictModel):
-    """The `candidates` payload: k ids with logits, and exact logsumexps, at each masked position.
-
-    Ids lie below `vocab_size`, the ids that teacher and student share; `temperatures` are those
-    whose logsumexp over these ids is stored.
-    """
-
-    name: Literal["candidates"] = "candidates"
-    codec: str
-    codec_version: int = Field(ge=1)
-    k: int = Field(ge=1)
-    vocab_size: VocabSize
-    temperatures: tuple[float, ...] = Field(min_length=1, max_length=16)
-    mean_logits_positions: Count
-
-
-class ChunksFacts(StrictModel):
-    """The `chunks` payload: the teacher's log-prob of each active chunk."""
-
-    name: Literal["chunks"] = "chunks"
-    codec: str
-    codec_version: int = Field(ge=1)
-
-
-PayloadFacts = Annotated[CandidatesFacts | ChunksFacts, Field(discriminator="name")]
-
-
 class Header(StrictModel):
     """What a premasked set is, known before its first row.
 
@@ -132,7 +114,7 @@ class Header(StrictModel):
     """
 
     format: Literal["tide-cache"] = FORMAT
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[1, 2] = FORMAT_VERSION
     kind: Literal["premasked"] = "premasked"
     alignment: AlignmentKind
     num_views: int = Field(ge=1, le=1000)
@@ -153,8 +135,8 @@ class CacheHeader(Header):
     premasked_sha256: Sha256
     comp_demo: bool
     teacher_model: TeacherFacts
-    payloads: tuple[PayloadFacts, ...] = Field(min_length=1, max_length=2)
-    fidelity: tuple[dict[str, Any], ...] = ()
+    payloads: tuple[PayloadFacts, ...] = Field(min_length=1, max_length=3)
+    fidelity: tuple[FidelityFacts, ...] = ()
     build_config: dict[str, Any]
     build_provenance: dict[str, Any]
 
@@ -163,6 +145,9 @@ class CacheHeader(Header):
     def _each_once(cls, payloads: tuple[PayloadFacts, ...]) -> tuple[PayloadFacts, ...]:
         if len({payload.name for payload in payloads}) != len(payloads):
             raise ValueError("expected each payload once")
+        names = {payload.name for payload in payloads}
+        if "hidden" in names and "candidates" not in names:
+            raise ValueError("hidden: expected candidates beside it, which pin the top")
         return payloads
 
     @property
@@ -174,6 +159,11 @@ class CacheHeader(Header):
     def chunks(self) -> ChunksFacts | None:
         """The `chunks` payload, if the cache holds it."""
         return next((p for p in self.payloads if isinstance(p, ChunksFacts)), None)
+
+    @property
+    def hidden(self) -> HiddenFacts | None:
+        """The `hidden` payload, if the cache holds it."""
+        return next((p for p in self.payloads if isinstance(p, HiddenFacts)), None)
 
 
 class ShardFacts(StrictModel):
@@ -233,12 +223,14 @@ def parse_manifest(data: bytes, *, where: str) -> Manifest:
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise FormatError(f"{where}: not a tide-cache manifest (no format: {FORMAT!r})")
     version = values.get("format_version")
-    if version != FORMAT_VERSION:
+    if version not in READABLE_VERSIONS:
+        readable = " and ".join(str(number) for number in READABLE_VERSIONS)
         raise FormatError(
-            f"{where}: format_version: this program reads {FORMAT_VERSION}, got {version!r}",
+            f"{where}: format_version: this program reads {readable}, got {version!r}",
             hint="install a newer tide-cache",
         )
     kind = values.get("kind")
+    _check_codecs(values.get("payloads"), where)
     models: dict[Any, type[Manifest]] = {"premasked": PremaskedManifest, "cache": CacheManifest}
     if kind not in models:
         raise FormatError(f"{where}: kind: expected premasked or cache, got {kind!r}")
@@ -250,6 +242,25 @@ def parse_manifest(data: bytes, *, where: str) -> Manifest:
         raise FormatError(f"{where}: {location}: {problem['msg']}") from error
     _check_shards(manifest, where)
     return manifest
+
+
+def _check_codecs(payloads: Any, where: str) -> None:
+    """Refuse a payload of a newer program in words that say so."""
+    for payload in payloads if isinstance(payloads, list) else []:
+        if not isinstance(payload, dict):
+            continue
+        name, codec = payload.get("name"), payload.get("codec")
+        version = payload.get("codec_version")
+        if version not in KNOWN_CODECS.get((name, codec), ()):
+            known = ", ".join(
+                f"{of}: {kind} {'/'.join(map(str, versions))}"
+                for (of, kind), versions in KNOWN_CODECS.items()
+            )
+            raise FormatError(
+                f"{where}: payload {name}: codec {codec!r} version {version!r}: this program reads "
+                f"{known}",
+                hint="install a newer tide-cache",
+            )
 
 
 def _check_shards(manifest: Manifest, where: str) -> None:

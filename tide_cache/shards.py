@@ -2,7 +2,8 @@
 
 zstd, page checksums, a page index and content-defined chunking (an upload of a changed shard sends
 the changed pages only). Int lists are delta-packed: ascending position tables shrink to almost
-nothing. The header of the set stands in the file's metadata under `tide_cache`.
+nothing; float lists are split into byte planes, of which the exponents compress. The header of the
+set stands in the file's metadata under `tide_cache`.
 """
 
 import io
@@ -26,7 +27,11 @@ _DICTIONARY_COLUMNS = ["source", "timestep"]
 def shard_bytes(table: pa.Table, header: Header, *, task: int, view: int) -> bytes:
     """Write a table as the bytes of a shard."""
     stamp = {"header": header.model_dump(mode="json"), "task": task, "view": view}
-    table = table.replace_schema_metadata({METADATA_KEY: canonical_json(stamp)})
+    return table_bytes(table.replace_schema_metadata({METADATA_KEY: canonical_json(stamp)}))
+
+
+def table_bytes(table: pa.Table) -> bytes:
+    """Write any table as Parquet with the options of a shard."""
     sink = io.BytesIO()
     pq.write_table(
         table,
@@ -42,6 +47,22 @@ def shard_bytes(table: pa.Table, header: Header, *, task: int, view: int) -> byt
         store_schema=True,
     )
     return sink.getvalue()
+
+
+def compressed_column_bytes(table: pa.Table) -> dict[str, int]:
+    """Return what each column of a table would take in a shard, pages and dictionaries included."""
+    return column_bytes(pq.ParquetFile(io.BytesIO(table_bytes(table))).metadata)
+
+
+def column_bytes(metadata: pq.FileMetaData) -> dict[str, int]:
+    """Return the compressed size of each top-level column of a Parquet file."""
+    sizes: dict[str, int] = {}
+    for group in range(metadata.num_row_groups):
+        for index in range(metadata.num_columns):
+            column = metadata.row_group(group).column(index)
+            name = column.path_in_schema.split(".")[0]
+            sizes[name] = sizes.get(name, 0) + column.total_compressed_size
+    return sizes
 
 
 def open_shard(store: Store, path: str) -> pq.ParquetFile:
@@ -100,9 +121,11 @@ def read_stamp(file: pq.ParquetFile, *, where: str) -> dict[str, Any]:
 def _encodings(schema: pa.Schema) -> dict[str, str]:
     encodings = {}
     for field in schema:
-        if pa.types.is_list(field.type):
+        if pa.types.is_list(field.type) and pa.types.is_floating(field.type.value_type):
+            encodings[f"{field.name}.list.element"] = "BYTE_STREAM_SPLIT"
+        elif pa.types.is_list(field.type):
             encodings[f"{field.name}.list.element"] = "DELTA_BINARY_PACKED"
-        elif pa.types.is_integer(field.type):
+        elif pa.types.is_signed_integer(field.type):
             encodings[field.name] = "DELTA_BINARY_PACKED"
     return encodings
 

@@ -10,11 +10,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from tide_cache.errors import FormatError, TideError
 from tide_cache.manifest import CacheHeader, CacheManifest, Header, Manifest, ShardFacts, identity
-from tide_cache.payloads import check_payload, num_entries, payload_fields
+from tide_cache.payloads import (
+    Codecs,
+    check_codec_files,
+    check_payloads,
+    num_entries,
+    open_codecs,
+    payload_fields,
+)
 from tide_cache.rows import PremaskedRow, check_row, row_fields, table_to_rows
 from tide_cache.shards import open_shard, read_row_groups, read_stamp
 from tide_cache.store import Store
@@ -63,12 +71,13 @@ def verify_set(store: Store, *, on_shard: Progress | None = None) -> Report:
     manifest = read_manifest(store)
     report = Report(url=store.url, identity=identity(manifest), kind=manifest.kind)
     _check_files(store, manifest, report)
+    codecs = _open_codecs(store, manifest, report)
     samples_by_task: dict[int, list[str]] = {}
     for shard in manifest.shards:
         if on_shard is not None:
             on_shard(shard.path)
         try:
-            samples = _check_shard(store, manifest, shard, report)
+            samples = _check_shard(store, manifest, shard, codecs, report)
         except TideError as error:
             report.problems.append(f"shard {shard.path}: {error.message}")
             continue
@@ -102,7 +111,21 @@ def _check_hash(store: Store, path: str, size_bytes: int, sha256: str) -> None:
         raise FormatError(f"sha256 mismatch (expected {sha256[:12]}…, got {found[:12]}…)")
 
 
-def _check_shard(store: Store, manifest: Manifest, shard: ShardFacts, report: Report) -> list[str]:
+def _open_codecs(store: Store, manifest: Manifest, report: Report) -> Codecs | None:
+    """Return the codecs of a cache; where its codec files are no good, say so and return None."""
+    if not isinstance(manifest, CacheManifest):
+        return None
+    try:
+        check_codec_files(store, manifest)
+        return open_codecs(store, manifest)
+    except TideError as error:
+        report.problems.append(error.message)
+        return None
+
+
+def _check_shard(
+    store: Store, manifest: Manifest, shard: ShardFacts, codecs: Codecs | None, report: Report
+) -> list[str]:
     """Check one shard; returns its sample ids. Row problems go to the report, others are raised."""
     _check_hash(store, shard.path, shard.size_bytes, shard.sha256)
     problems: list[str] = []
@@ -118,7 +141,7 @@ def _check_shard(store: Store, manifest: Manifest, shard: ShardFacts, report: Re
         for group in range(file.num_row_groups):
             table = read_row_groups(store, shard.path, file, [group])
             samples += table["sample_id"].to_pylist()
-            for problem in check_rows(table, manifest, shard.view, report):
+            for problem in check_rows(table, manifest, shard.view, codecs, report):
                 problems.append(f"shard {shard.path}: {problem}")
                 if len(problems) >= _MAX_PROBLEMS_PER_SHARD:
                     break
@@ -141,7 +164,11 @@ def _check_stamp(stamp: dict[str, Any], manifest: Manifest, shard: ShardFacts) -
 
 
 def check_rows(
-    table: pa.Table, manifest: Manifest, view: int, report: Report | None = None
+    table: pa.Table,
+    manifest: Manifest,
+    view: int,
+    codecs: Codecs | None = None,
+    report: Report | None = None,
 ) -> Iterator[str]:
     """Yield a line for every row that breaks a bound or whose payload does not decode."""
     try:
@@ -149,15 +176,21 @@ def check_rows(
     except TideError as error:
         yield error.message
         return
-    payloads = _payload_columns(table, manifest)
+    sound, num_entries_B = [], []
     for index, row in enumerate(rows):
         try:
             check_row_of(row, manifest, view)
-            num_positions = _check_payload(row, payloads, index, manifest)
-            if report is not None:
-                report.num_payload_entries += num_positions
+            num_entries_B.append(num_entries(row, manifest.alignment))
+            sound.append(index)
         except TideError as error:
             yield error.message
+    if codecs is None:
+        return
+    if len(sound) < len(rows):
+        table = table.take(sound)
+    yield from check_payloads(table, codecs, np.asarray(num_entries_B, dtype=np.int64))
+    if report is not None:
+        report.num_payload_entries += sum(num_entries_B)
 
 
 def check_row_of(row: PremaskedRow, header: Header, view: int) -> None:
@@ -171,24 +204,6 @@ def check_row_of(row: PremaskedRow, header: Header, view: int) -> None:
         teacher_vocab_size=header.teacher.vocab_size,
         num_views=header.num_views,
     )
-
-
-def _payload_columns(table: pa.Table, manifest: Manifest) -> dict[str, list[bytes]]:
-    if not isinstance(manifest, CacheManifest):
-        return {}
-    return {field.name: table[field.name].to_pylist() for field in payload_fields(manifest)}
-
-
-def _check_payload(
-    row: PremaskedRow, payloads: dict[str, list[bytes]], index: int, manifest: Manifest
-) -> int:
-    if not isinstance(manifest, CacheManifest):
-        return 0
-    num = num_entries(row, manifest.alignment)
-    columns = {name: values[index] for name, values in payloads.items()}
-    for facts in manifest.payloads:
-        check_payload(columns, facts, num, where=f"sample {row.sample_id} view {row.view}")
-    return num
 
 
 def _check_totals(

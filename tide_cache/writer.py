@@ -23,7 +23,6 @@ from tide_cache.manifest import (
     MANIFEST,
     CacheHeader,
     CacheManifest,
-    Count,
     FileFacts,
     Header,
     Manifest,
@@ -33,6 +32,7 @@ from tide_cache.manifest import (
     parse_manifest,
     shard_path,
 )
+from tide_cache.payload_facts import Count
 from tide_cache.shards import shard_bytes
 from tide_cache.store import TEMPORARY_SUFFIX, Store
 
@@ -64,13 +64,17 @@ class SetWriter:
         """
         if self.store.exists(MANIFEST):
             manifest = read_manifest(self.store)
+            mine = self.header.model_dump(mode="json")
             present = _header_of(manifest, type(self.header))
+            if present["format_version"] < self.header.format_version:
+                mine = _known_to(mine, present)
             # What is finished stays finished when the program gets another version.
-            self._require_same({**present, **self._provenance()})
+            accepted = {"format_version": self.header.format_version, **self._provenance()}
+            require_same(self.store, mine=mine, present={**present, **accepted})
             return manifest
         mine = self.header.model_dump(mode="json")
         if not self.store.publish(HEADER, canonical_json(mine)):
-            self._require_same(json.loads(self.store.read_bytes(HEADER)))
+            require_same(self.store, mine=mine, present=json.loads(self.store.read_bytes(HEADER)))
         return None
 
     def finished_tasks(self) -> dict[int, TaskRecord]:
@@ -186,7 +190,8 @@ class SetWriter:
     def _sweep(self) -> None:
         """Remove build state and the temporary files that killed writers left."""
         self.store.remove(STATE)
-        leftovers = [p for p in self.store.list_files("data") if p.endswith(TEMPORARY_SUFFIX)]
+        files = self.store.list_files("data") + self.store.list_files("codec")
+        leftovers = [path for path in files if path.endswith(TEMPORARY_SUFFIX)]
         for path in leftovers:
             self.store.remove(path)
         if leftovers:
@@ -196,16 +201,17 @@ class SetWriter:
         mine = self.header.model_dump(mode="json")
         return {name: value for name, value in mine.items() if name.endswith("provenance")}
 
-    def _require_same(self, present: dict[str, Any]) -> None:
-        mine = self.header.model_dump(mode="json")
-        differing = sorted(_differences(mine, present))
-        if differing:
-            shown = ", ".join(differing[:6]) + (", …" if len(differing) > 6 else "")
-            raise CompatibilityError(
-                f"{self.store.url}: holds another set; differing: {shown}",
-                hint="write to an empty folder, or restore what this one was begun with"
-                + (" (the program's version included)" if "provenance" in shown else ""),
-            )
+
+def require_same(store: Store, *, mine: dict[str, Any], present: dict[str, Any]) -> None:
+    """Raise CompatibilityError, naming the differing keys, unless two headers are equal."""
+    differing = sorted(_differences(mine, present))
+    if differing:
+        shown = ", ".join(differing[:6]) + (", …" if len(differing) > 6 else "")
+        raise CompatibilityError(
+            f"{store.url}: holds another set; differing: {shown}",
+            hint="write to an empty folder, or restore what this one was begun with"
+            + (" (the program's version included)" if "provenance" in shown else ""),
+        )
 
 
 def read_manifest(store: Store) -> Manifest:
@@ -218,6 +224,13 @@ def read_manifest(store: Store) -> Manifest:
             hint="run the command that was making it again" if unfinished else None,
         )
     return parse_manifest(store.read_bytes(MANIFEST), where=f"{store.url}/{MANIFEST}")
+
+
+def _known_to(mine: Any, present: Any) -> Any:
+    """Leave out the keys that an older program did not have."""
+    if isinstance(mine, dict) and isinstance(present, dict):
+        return {key: _known_to(mine[key], present[key]) for key in mine if key in present}
+    return mine
 
 
 def _header_of(manifest: Manifest, kind: type[Header]) -> dict[str, Any]:

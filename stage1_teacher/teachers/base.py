@@ -13,7 +13,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,10 @@ from pydantic import Field, field_validator, model_validator
 
 from tide_cache.config import StrictModel
 from tide_cache.errors import ConfigError, DataError
+from tide_cache.payloads.hidden import Transform
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BoolArray = npt.NDArray[np.bool_]
 IntArray = npt.NDArray[np.integer[Any]]
@@ -157,12 +161,14 @@ class ScoreSpec:
     """What to keep of each wanted position.
 
     Candidates and logsumexps are over ids below `vocab_size` (the shared vocabulary). `k` may be 0
-    and `temperatures` empty where only the label's log-prob is needed. Raises ConfigError.
+    and `temperatures` empty where only the label's log-prob is needed. `transform`: the hidden
+    states are wanted as its codes. Raises ConfigError.
     """
 
     k: int
     temperatures: tuple[float, ...]
     vocab_size: int
+    transform: Transform | None = None
 
     def __post_init__(self) -> None:
         if self.vocab_size < 1:
@@ -184,18 +190,27 @@ class Scores:
 
     `topk_ids_PK` int32 and `topk_logits_PK` float32, descending, equal logits by ascending id;
     `logsumexp_PT` float32 over ids below the spec's vocabulary; `label_logprob_P` float32, log p of
-    the true id under the teacher's own full softmax at temperature 1 (nats).
+    the true id under the teacher's own full softmax at temperature 1 (nats); `hidden_codes_PR`
+    int16, what the spec's transform makes of the hidden state, None where it has none.
     """
 
     topk_ids_PK: npt.NDArray[np.int32]
     topk_logits_PK: FloatArray
     logsumexp_PT: FloatArray
     label_logprob_P: FloatArray
+    hidden_codes_PR: npt.NDArray[np.int16] | None = None
 
     def rows(self, start: int, stop: int) -> "Scores":
-        """Return the answer for positions `start` to `stop` of this one."""
-        fields = dataclasses.fields(self)
-        return Scores(**{field.name: getattr(self, field.name)[start:stop] for field in fields})
+        """Return the answer for positions `start` to `stop` of this one, as views."""
+        return self.take(slice(start, stop))
+
+    def take(self, index: slice | IntArray) -> "Scores":
+        """Return the answer for some positions of this one, in the order asked for."""
+        chosen: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            values = getattr(self, field.name)
+            chosen[field.name] = None if values is None else values[index]
+        return Scores(**chosen)
 
     @classmethod
     def concatenate(cls, parts: Sequence["Scores"], spec: ScoreSpec) -> "Scores":
@@ -206,9 +221,15 @@ class Scores:
                 topk_logits_PK=np.zeros((0, spec.k), np.float32),
                 logsumexp_PT=np.zeros((0, len(spec.temperatures)), np.float32),
                 label_logprob_P=np.zeros(0, np.float32),
+                hidden_codes_PR=None
+                if spec.transform is None
+                else np.zeros((0, len(spec.transform.limit_R)), np.int16),
             )
-        names = [field.name for field in dataclasses.fields(cls)]
-        return cls(**{n: np.concatenate([getattr(part, n) for part in parts]) for n in names})
+        joined: dict[str, Any] = {}
+        for field in dataclasses.fields(cls):
+            columns = [getattr(part, field.name) for part in parts]
+            joined[field.name] = None if columns[0] is None else np.concatenate(columns)
+        return cls(**joined)
 
 
 class NonFiniteLogitsError(DataError):
@@ -227,6 +248,7 @@ class NonFiniteLogitsError(DataError):
         self.stream_index: int | None = None
 
 
+@runtime_checkable
 class Teacher(Protocol):
     """What a build needs of a teacher; every backend has it."""
 
@@ -249,11 +271,20 @@ class Teacher(Protocol):
         """Score every wanted position. Returns one `Scores` per stream, per request."""
         ...
 
-    def mean_logits(
-        self, requests: Sequence[ScoreRequest], vocab_size: int
-    ) -> tuple[npt.NDArray[np.float64], int]:
-        """Average the logits of ids below `vocab_size` over all wanted positions.
 
-        Returns float64 (vocab_size,) and the number of positions.
-        """
+@runtime_checkable
+class OpenTeacher(Teacher, Protocol):
+    """A teacher in this process, of which everything can be had: what calibration needs."""
+
+    @property
+    def hidden_size(self) -> int:
+        """Return the width of what the output head reads."""
+        ...
+
+    def hidden_states(self, requests: Sequence[ScoreRequest]) -> "list[list[Tensor]]":
+        """Return what the head reads at the wanted positions, (P, d) per stream, per request."""
+        ...
+
+    def head(self) -> "tuple[Tensor, Tensor | None]":
+        """Return the output head's weight (V, d) and bias (V,) or None, where they are."""
         ...

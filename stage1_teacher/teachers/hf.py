@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from stage1_teacher.scoring import check_finite, reduce_logits, rows_per_slice
+from stage1_teacher.hidden_fit import DeviceTransform
+from stage1_teacher.scoring import reduce_logits, rows_per_slice
 from stage1_teacher.teachers.attention import batch_mask, check_mask_is_obeyed, run_body
 from stage1_teacher.teachers.base import (
     NonFiniteLogitsError,
@@ -74,6 +75,7 @@ class HfTeacher:
         self.vocab_size = int(model.lm_head.weight.shape[0])
         self._mask_by_layer_type = mask_by_layer_type
         self._token_budget = token_budget
+        self.hidden_size = int(model.lm_head.weight.shape[1])
         self.rows_per_slice = rows_per_slice(self.vocab_size, head_slice_mib)
         if layout.mask_token_id >= self.vocab_size:
             raise ConfigError(
@@ -95,6 +97,9 @@ class HfTeacher:
         """
         self._check(requests, spec.vocab_size)
         nothing = Scores.concatenate((), spec)
+        transform = None
+        if spec.transform is not None:
+            transform = DeviceTransform(spec.transform, self.model.lm_head.weight.device)
         answers = [[nothing for _ in request.streams] for request in requests]
         for batch in self._hidden_batches(requests):
             labels_R = torch.from_numpy(_labels(requests, batch.spans))
@@ -104,6 +109,9 @@ class HfTeacher:
                 with _traced(start, batch.spans, requests):
                     parts.append(reduce_logits(logits_RV, labels, spec))
             scores = Scores.concatenate(parts, spec)
+            if transform is not None:
+                codes_PR = transform.to_codes(batch.hidden_Rd)
+                scores = dataclasses.replace(scores, hidden_codes_PR=codes_PR)
             for span in batch.spans:
                 answer = scores.rows(span.start, span.stop)
                 answers[span.request_index][span.stream_index] = answer
@@ -135,27 +143,12 @@ class HfTeacher:
         logits_PV: torch.Tensor = self.model.lm_head(hidden_Pd.to(weight.device, weight.dtype))
         return logits_PV.float()
 
-    def mean_logits(
-        self, requests: Sequence[ScoreRequest], vocab_size: int
-    ) -> tuple[npt.NDArray[np.float64], int]:
-        """Average the logits of ids below `vocab_size` over all wanted positions.
+    def head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the output head's weight (V, d) and bias (V,) or None, where they are.
 
-        Returns float64 (vocab_size,) and the number of positions, so that averages of several
-        calls can be joined. Raises DataError where no position is wanted.
+        A tied head is its embedding; heads with a scale or soft-capping are refused on loading.
         """
-        self._check(requests, vocab_size)
-        total_V = np.zeros(vocab_size, np.float64)
-        num_positions = 0
-        for batch in self._hidden_batches(requests):
-            for start, logits_RV in self._logit_slices(batch):
-                with _traced(start, batch.spans, requests):
-                    check_finite(logits_RV)
-                sums_V = logits_RV[:, :vocab_size].sum(dim=0, dtype=torch.float64)
-                total_V += sums_V.cpu().numpy()
-                num_positions += len(logits_RV)
-        if not num_positions:
-            raise DataError("mean logits: none of the requests wants a position")
-        return total_V / num_positions, num_positions
+        return self.model.lm_head.weight, self.model.lm_head.bias
 
     @torch.no_grad()
     def forward(self, batch: PaddedBatch) -> torch.Tensor:

@@ -7,7 +7,7 @@ once. Published vectors pin them to 1e-5; anything faster is tested against them
 
 from stage2_student.choices import LOSS_NAMES, LossName, canonical_loss_name
 from stage2_student.losses.calm import calm_loss, calm_per_chunk, chunk_logprobs, token_logprobs
-from stage2_student.losses.candidates import Tail, TeacherCandidates
+from stage2_student.losses.candidates import TeacherCandidates
 from stage2_student.losses.ce import (
     Normalization,
     ce_denominator,
@@ -17,14 +17,18 @@ from stage2_student.losses.ce import (
     mask_probability,
 )
 from stage2_student.losses.kl import Direction, kl_loss, kl_per_position
+from stage2_student.losses.replay import HiddenRows, ReplayHead
 from stage2_student.losses.targets import Teacher
 from stage2_student.losses.tidal import tidal_loss, tidal_per_position
+from tide_cache.tails import Tail
 
 __all__ = [
     "LOSS_NAMES",
     "Direction",
+    "HiddenRows",
     "LossName",
     "Normalization",
+    "ReplayHead",
     "Tail",
     "Teacher",
     "TeacherCandidates",

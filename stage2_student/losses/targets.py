@@ -41,7 +41,7 @@ def shared_logits(
         teacher_PV = teacher.detach().float()
     else:
         _check_fit(student_logits_PV, teacher.num_positions, teacher.vocab_size)
-        teacher_PV = teacher.dense(temperature)
+        teacher_PV = teacher.dense(temperature, student_logits_PV)
     width = teacher_PV.shape[1]
     student_PV = student_logits_PV[:, :width].float()
     seen_P1 = ~torch.isneginf(teacher_PV.amax(dim=-1, keepdim=True))

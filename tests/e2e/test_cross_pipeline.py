@@ -34,6 +34,7 @@ from tests.teacher_checkpoints import edit_config, make_model, write_checkpoint
 from tide_cache.alignment import chunk_active
 from tide_cache.cache import Cache, open_cache
 from tide_cache.manifest import CacheManifest
+from tide_cache.payloads import open_codecs
 from tide_cache.rows import PremaskedRow, table_to_rows
 from tide_cache.store import Store
 from tide_cache.verify import verify_set
@@ -133,7 +134,8 @@ def all_rows(cache: Cache, view: int) -> list[PremaskedRow]:
 def read_batch(cache: Cache, view: int) -> Batch:
     assert isinstance(cache.manifest, CacheManifest)
     masks = AttentionMasks(block_size=BLOCK_SIZE, implementation="sdpa", device=torch.device("cpu"))
-    reading = TeacherReading(alignment="chunks", chunks=cache.manifest.chunks)
+    codecs = open_codecs(cache.store, cache.manifest)
+    reading = TeacherReading(alignment="chunks", chunks=codecs.chunks)
     reader = BatchReader(cache, masks=masks, mask_token_id=STUDENT_MASK, teacher=reading)
     return reader.read(view, np.arange(cache.num_samples))
 

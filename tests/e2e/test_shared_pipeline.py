@@ -2,7 +2,8 @@
 
 GSM8K conversations, the real Qwen3 tokenizer, two chat templates that differ, a teacher with random
 weights and the real vocabulary. The cache at k = V must give the losses that a plain transformers
-forward of both CompDemo halves gives in this process, and a cache at k = 64 must train.
+forward of both CompDemo halves gives in this process, and the default cache, whose payload
+`hidden` is replayed, must come close to them and train.
 """
 
 import json
@@ -11,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -25,16 +26,19 @@ from stage1_teacher.prepare import run_prepare
 from stage1_teacher.prepare_config import PrepareConfig
 from stage2_student.attention import AttentionMasks
 from stage2_student.batches import Batch, BatchReader
+from stage2_student.compatibility import candidates_reading
 from stage2_student.losses import ce_loss, kl_loss, tidal_loss
 from stage2_student.objective import Objective, ObjectiveConfig
 from stage2_student.student import Student
-from stage2_student.teacher_rows import CandidatesReading, TeacherReading
+from stage2_student.teacher_rows import TeacherReading
 from tide_cache.alignment import payload_positions, teacher_partners
 from tide_cache.cache import Cache, open_cache
 from tide_cache.geometry import block_diffusion_mask
 from tide_cache.manifest import CacheManifest
+from tide_cache.payloads import open_codecs
 from tide_cache.rows import PremaskedRow, table_to_rows
 from tide_cache.store import Store
+from tide_cache.tails import Tail
 from tide_cache.verify import verify_set
 
 VOCAB_ROWS, BLOCK_SIZE, MASK_ID = 151936, 32, 151669
@@ -53,8 +57,11 @@ class Pipeline:
     teacher: Any
     shared_vocab_size: int
 
-    def build(self, *, comp_demo: bool, k: int, num_workers: int = 1, name: str = "cache") -> Cache:
-        output = self.folder / f"{name}-{comp_demo}-{k}"
+    def build(
+        self, *, comp_demo: bool, num_workers: int = 1, name: str = "cache", **payload: Any
+    ) -> Cache:
+        """Build a cache; `payload`: keys of the config, by default the default payloads."""
+        output = self.folder / f"{name}-{comp_demo}"
         config = BuildConfig.model_validate(
             {
                 "teacher": {
@@ -63,7 +70,9 @@ class Pipeline:
                     "block_size": BLOCK_SIZE,
                 },
                 "comp_demo": comp_demo,
-                "candidates": {"k": k, "mean_logits_positions": 50},
+                "hidden": {"fit_positions": 256},
+                "fidelity_positions": 32,
+                **payload,
             }
         )
         plan = make_plan(config, open_cache(self.premasked), str(output))
@@ -159,14 +168,27 @@ def online_logits(teacher: Any, row: PremaskedRow, *, comp_demo: bool) -> torch.
     return torch.stack([answers[p] for p in positions])
 
 
+def every_logit(k: int) -> dict[str, Any]:
+    """The payload that loses nothing."""
+    candidates = {"codec": "raw", "k": k, "mean_logits_positions": 50}
+    return {"payloads": ["candidates"], "candidates": candidates, "fidelity_positions": 0}
+
+
+def mean_kl(logits_QV: torch.Tensor, other_QV: torch.Tensor) -> float:
+    """KL(first || second) on average over positions, in nats."""
+    logp_QV = torch.log_softmax(logits_QV.double(), dim=-1)
+    logq_QV = torch.log_softmax(other_QV.double(), dim=-1)
+    return float((logp_QV.exp() * (logp_QV - logq_QV)).sum(dim=-1).mean())
+
+
 def all_rows(cache: Cache, view: int) -> list[PremaskedRow]:
     return table_to_rows(cache.read_rows(view, range(cache.num_samples)), "positions")
 
 
-def read_batch(cache: Cache, view: int) -> Batch:
+def read_batch(cache: Cache, view: int, tail: Literal["auto"] | Tail = "uniform") -> Batch:
     manifest = cache.manifest
     assert isinstance(manifest, CacheManifest)
-    assert manifest.candidates is not None
+    codecs = open_codecs(cache.store, manifest)
     reader = BatchReader(
         cache,
         masks=AttentionMasks(
@@ -175,9 +197,7 @@ def read_batch(cache: Cache, view: int) -> Batch:
         mask_token_id=MASK_ID,
         teacher=TeacherReading(
             alignment="positions",
-            candidates=CandidatesReading(
-                facts=manifest.candidates, tail="uniform", mean_logits_V=None
-            ),
+            candidates=candidates_reading(cache, codecs, tail=tail),
         ),
     )
     return reader.read(view, np.arange(cache.num_samples))
@@ -204,7 +224,7 @@ def test_cached_losses_and_logits_equal_the_online_ones(
     pipeline: Pipeline, comp_demo: bool
 ) -> None:
     num_ids = pipeline.shared_vocab_size
-    cache = pipeline.build(comp_demo=comp_demo, k=num_ids)
+    cache = pipeline.build(comp_demo=comp_demo, name="exact", **every_logit(num_ids))
     view = 1
     rows = all_rows(cache, view)
     online = [online_logits(pipeline.teacher, row, comp_demo=comp_demo) for row in rows]
@@ -258,9 +278,36 @@ def test_cached_losses_and_logits_equal_the_online_ones(
     assert with_payload_P.sum() < len(with_payload_P), "some positions should have no partner"
 
 
+def test_default_payloads_replay_the_teacher(pipeline: Pipeline) -> None:
+    """Sixteen exact ids and rounded hidden states against every logit of the plain forwards.
+
+    A random teacher says nearly the same of every mask, so the rounding has to be fine for the
+    replay to say more than the mean of all answers.
+    """
+    cache = pipeline.build(
+        comp_demo=True,
+        name="fine",
+        hidden={"fit_positions": 256, "nats": 1e-7},
+        fidelity_positions=0,
+    )
+    manifest = cache.manifest
+    assert isinstance(manifest, CacheManifest)
+    assert [payload.name for payload in manifest.payloads] == ["candidates", "hidden"]
+    rows = all_rows(cache, 1)
+    online = [online_logits(pipeline.teacher, row, comp_demo=True) for row in rows]
+    online_QV = torch.cat(online)[:, : pipeline.shared_vocab_size]
+    teacher = read_batch(cache, 1, tail="auto").teacher.candidates
+    assert teacher is not None
+    assert teacher.tail == "hidden"
+    for t in (1.0, 2.0):
+        found = mean_kl(online_QV / t, teacher.dense(t) / t)
+        alike = mean_kl(online_QV / t, online_QV.mean(dim=0, keepdim=True) / t)
+        assert found < alike / 10, f"T = {t}: {found:.2g} nats, the mean alone {alike:.2g}"
+
+
 def test_comp_demo_changes_the_answers(pipeline: Pipeline) -> None:
     """A merged cache is not the single pass's: the other half is revealed."""
-    two, one = (pipeline.build(comp_demo=c, k=64, name="differ") for c in (True, False))
+    two, one = (pipeline.build(comp_demo=c) for c in (True, False))
     a, b = (read_batch(cache, 1).teacher.candidates for cache in (two, one))
     assert a is not None
     assert b is not None
@@ -268,8 +315,8 @@ def test_comp_demo_changes_the_answers(pipeline: Pipeline) -> None:
 
 
 def test_one_and_three_workers_write_the_same_bytes(pipeline: Pipeline) -> None:
-    first = pipeline.build(comp_demo=True, k=64, num_workers=1, name="one").url
-    second = pipeline.build(comp_demo=True, k=64, num_workers=3, name="three").url
+    first = pipeline.build(comp_demo=True, num_workers=1, name="one").url
+    second = pipeline.build(comp_demo=True, num_workers=3, name="three").url
     files = sorted(str(p.relative_to(first)) for p in Path(first).rglob("*") if p.is_file())
     assert files == sorted(str(p.relative_to(second)) for p in Path(second).rglob("*.*"))
     for name in files:
@@ -277,7 +324,7 @@ def test_one_and_three_workers_write_the_same_bytes(pipeline: Pipeline) -> None:
 
 
 def test_the_cache_is_sound_and_trains_through_the_command(pipeline: Pipeline) -> None:
-    cache = pipeline.build(comp_demo=True, k=64)
+    cache = pipeline.build(comp_demo=True)
     report = verify_set(Store(cache.url))
     assert report.ok, report.problems
     assert report.num_payload_entries == cache.manifest.counts["num_payload_positions"]

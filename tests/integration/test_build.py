@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.builders import (
@@ -24,11 +26,16 @@ from tests.builders import (
 )
 from tests.teacher_checkpoints import make_model, write_checkpoint
 from tide_cache.cache import open_cache
+from tide_cache.card import describe_fidelity
 from tide_cache.manifest import CacheManifest
+from tide_cache.payload_facts import RankedFacts
+from tide_cache.payloads.candidates import CODEC_FILE
+from tide_cache.payloads.hidden import HEAD_FILE, TRANSFORM_FILE
 from tide_cache.store import Store
 from tide_cache.verify import verify_set
 
 NUM_SAMPLES = 40
+CANDIDATES_ALONE = "payloads=[candidates]"
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +66,8 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     "token_budget": 512,
                 },
                 "candidates": {"k": 12, "mean_logits_positions": 100},
+                "hidden": {"fit_positions": 256},
+                "fidelity_positions": 64,
             },
         },
     )
@@ -93,18 +102,63 @@ def copy_of_premasked(ground: Path, tmp_path: Path) -> Path:
     return tmp_path / "premasked"
 
 
+def open_manifest(folder: Path) -> CacheManifest:
+    manifest = open_cache(folder).manifest
+    assert isinstance(manifest, CacheManifest)
+    return manifest
+
+
 def test_the_cache_is_sound_and_says_what_it_is(ground: Path) -> None:
     report = verify_set(Store(ground / "cache"))
     assert report.ok, report.problems
-    cache = open_cache(ground / "cache")
-    manifest = cache.manifest
-    assert isinstance(manifest, CacheManifest)
-    assert manifest.candidates is not None
+    cache, manifest = open_cache(ground / "cache"), open_manifest(ground / "cache")
+    assert isinstance(manifest.candidates, RankedFacts)
+    assert (manifest.candidates.k, manifest.candidates.bits) == (12, 8)
     assert manifest.candidates.mean_logits_positions >= 100
+    assert manifest.hidden is not None
+    assert manifest.hidden.fit_positions >= 100
+    assert {facts.path for facts in manifest.files} == {
+        "README.md",
+        "codec/candidates.safetensors",
+        "codec/head.safetensors",
+        "codec/hidden.safetensors",
+    }
     assert manifest.counts["num_samples"] == cache.num_samples
     assert manifest.counts["num_payload_positions"] == report.num_payload_entries > 100
     assert not (ground / "cache/_build").exists()
     assert "Token ids are text" in (ground / "cache/README.md").read_text()
+
+
+def test_the_manifest_records_fidelity_and_inspect_prints_it(ground: Path) -> None:
+    (facts,) = open_manifest(ground / "cache").fidelity
+    assert facts.setting == "hidden 0.01 nats + candidates k=12 8 bits"
+    assert (facts.tail, facts.student, facts.target) == ("hidden", "noised teacher", None)
+    assert 32 <= facts.num_positions <= 128
+    assert facts.bytes_per_position > 0
+    # TIDAL at three lambdas and both KLs, at each temperature.
+    kinds = [(loss.loss, loss.weight, loss.temperature) for loss in facts.losses]
+    names = [("tidal", w) for w in (0.1, 0.5, 0.9)] + [("kl", None), ("reverse_kl", None)]
+    assert kinds == [(name, w, t) for t in (1.0, 2.0) for name, w in names]
+    assert all(0 < loss.cosine <= 1 and loss.relative_error >= 0 for loss in facts.losses)
+    assert facts.worst.cosine == min(loss.cosine for loss in facts.losses)
+
+    printed = succeed("inspect", ground / "cache")
+    text = describe_fidelity(facts)
+    assert f"gradient cosine {facts.worst.cosine:.4f} or better over 10 losses" in text
+    assert text in " ".join(printed.split()), "whatever the width of the screen"
+    assert text in (ground / "cache/README.md").read_text()
+    told = json.loads(succeed("inspect", ground / "cache", "--json"))
+    assert told["fidelity"] == [facts.model_dump(mode="json")]
+
+
+def test_fidelity_that_was_not_measured_is_not_claimed(ground: Path, tmp_path: Path) -> None:
+    output = tmp_path / "cache"
+    done = build(ground, output, "--set", "fidelity_positions=0", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["fidelity"] == []
+    printed = succeed("inspect", output)
+    assert "not measured" in printed
+    assert "gradient cosine" not in printed
 
 
 def test_datasets_reads_the_folder(ground: Path, tmp_path: Path) -> None:
@@ -112,7 +166,7 @@ def test_datasets_reads_the_folder(ground: Path, tmp_path: Path) -> None:
 
     rows = datasets.load_dataset(str(ground / "cache"), cache_dir=str(tmp_path))["train"]
     assert len(rows) == open_cache(ground / "cache").manifest.counts["num_rows"]
-    assert {"student_ids", "cand_ids"} <= set(rows.column_names)
+    assert {"student_ids", "cand_codes", "hidden_0"} <= set(rows.column_names)
 
 
 def test_three_workers_write_the_same_bytes(ground: Path, tmp_path: Path) -> None:
@@ -129,9 +183,22 @@ def test_three_workers_write_the_same_bytes(ground: Path, tmp_path: Path) -> Non
     assert all_files(tmp_path / "three") == all_files(ground / "cache")
 
 
-@pytest.mark.parametrize("num_tasks_done", [0, 1, 3])
+# Every stage at which something has been published: each codec file, the record of calibration,
+# the header, some tasks.
+STAGES = [
+    (CODEC_FILE, 0),
+    (HEAD_FILE, 0),
+    (TRANSFORM_FILE, 0),
+    ("_build/calibration.json", 0),
+    ("_build/header.json", 0),
+    ("_build/header.json", 1),
+    ("_build/header.json", 3),
+]
+
+
+@pytest.mark.parametrize(("published", "num_tasks_done"), STAGES)
 def test_a_killed_build_goes_on_and_ends_with_the_same_bytes(
-    ground: Path, tmp_path: Path, num_tasks_done: int
+    ground: Path, tmp_path: Path, published: str, num_tasks_done: int
 ) -> None:
     output = tmp_path / "cache"
     arguments = ("build", ground / "pipeline.yaml", "-p", ground / "premasked", "-o", output)
@@ -144,7 +211,7 @@ def test_a_killed_build_goes_on_and_ends_with_the_same_bytes(
     )
     deadline_s = time.monotonic() + 120
     while time.monotonic() < deadline_s and process.poll() is None:
-        begun = (output / "_build/header.json").exists()
+        begun = (output / published).exists()
         if begun and len(list(output.glob("_build/tasks/*.json"))) >= num_tasks_done:
             break
         time.sleep(0.002)
@@ -169,14 +236,18 @@ def test_another_config_is_refused_by_key(ground: Path, tmp_path: Path) -> None:
     shutil.copytree(ground / "cache", tmp_path / "cache")
     done = build(ground, tmp_path / "cache", "--set", "candidates.k=13")
     assert done.returncode == 1
-    assert "holds another set; differing: build_config.candidates.k, payloads" in done.stderr
+    assert "holds another set; differing: build_config.candidates.k" in done.stderr
 
 
 def test_dry_run_writes_nothing(ground: Path, tmp_path: Path) -> None:
     done = build(ground, tmp_path / "cache", "--dry-run", "--json")
     plan = json.loads(done.stdout)
     assert plan["num_tasks"] == 5
-    assert plan["payload_bytes_before_compression"] > 0
+    assert plan["payloads"] == ["hidden 0.01 nats + candidates k=12 8 bits"]
+    assert plan["payload_bytes_before_compression"] is None, "calibration decides it"
+    assert all(positions > 0 for positions in plan["num_calibration_positions"])
+    done = build(ground, tmp_path / "cache", "--dry-run", "--json", "--set", CANDIDATES_ALONE)
+    assert json.loads(done.stdout)["payload_bytes_before_compression"] > 0
     assert not (tmp_path / "cache").exists()
 
 
@@ -233,17 +304,35 @@ def test_a_truncated_premasked_shard_is_named_and_nothing_is_lost(
     assert all_files(tmp_path / "cache") == all_files(ground / "cache")
 
 
-def test_a_changed_byte_of_a_premasked_shard_is_named(ground: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        # Calibration reads single row groups, whose pages have checksums of their own; where it
+        # reads none of the damaged ones, the hash of the whole shard tells.
+        ((), r"data/view-00/00000.parquet: (damaged data|sha256 mismatch \(expected)"),
+        (
+            (
+                "candidates.codec=raw",
+                "candidates.mean_logits_positions=0",
+                "payloads=[candidates]",
+                "fidelity_positions=0",
+            ),
+            r"shard data/view-00/00000.parquet: sha256 mismatch \(expected",
+        ),
+    ],
+)
+def test_a_changed_byte_of_a_premasked_shard_is_named(
+    ground: Path, tmp_path: Path, overrides: tuple[str, ...], message: str
+) -> None:
     premasked = copy_of_premasked(ground, tmp_path)
     shard = premasked / "data/view-00/00000.parquet"
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 4
     shard.write_bytes(data)
-    done = build(
-        ground, tmp_path / "c", "--set", "candidates.mean_logits_positions=0", premasked=premasked
-    )
+    options = [part for override in overrides for part in ("--set", override)]
+    done = build(ground, tmp_path / "c", *options, premasked=premasked)
     assert done.returncode == 1
-    assert "shard data/view-00/00000.parquet: sha256 mismatch (expected" in done.stderr
+    assert re.search(message, done.stderr), done.stderr
 
 
 def test_a_cache_is_no_premasked_set(ground: Path, tmp_path: Path) -> None:
@@ -252,14 +341,17 @@ def test_a_cache_is_no_premasked_set(ground: Path, tmp_path: Path) -> None:
     assert "expected a premasked set, got a cache" in done.stderr
 
 
+@pytest.mark.parametrize("full_at", ["codec", "data"])
 @pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounts a small tmpfs")
 def test_a_full_disk_is_named_and_the_build_goes_on_when_there_is_room(
-    ground: Path, tmp_path: Path
+    ground: Path, tmp_path: Path, full_at: str
 ) -> None:
+    codec_files = sum(path.stat().st_size for path in (ground / "cache/codec").iterdir())
+    room_kib = 32 if full_at == "codec" else codec_files // 1024 + 64
     small = tmp_path / "small"
     small.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)],
+        ["mount", "-t", "tmpfs", "-o", f"size={room_kib}k", "tmpfs", str(small)],
         capture_output=True,
         check=False,
     )
@@ -268,6 +360,7 @@ def test_a_full_disk_is_named_and_the_build_goes_on_when_there_is_room(
     try:
         done = build(ground, small / "cache")
         assert done.returncode == 1
+        assert f"cache/{full_at}/" in done.stderr
         assert "the disk is full" in done.stderr
         assert "run the same command again" in done.stderr
         assert not list(small.rglob("*.tmp")), "no half-written file is left"
@@ -279,17 +372,31 @@ def test_a_full_disk_is_named_and_the_build_goes_on_when_there_is_room(
         subprocess.run(["umount", str(small)], check=True)
 
 
-def test_a_cache_may_hold_both_payloads_and_a_student_learn_from_both(
-    ground: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("payloads", "codec", "held"),
+    [
+        ("[candidates, chunks]", "raw", ["candidates", "chunks"]),
+        ("[chunks, hidden]", "ranked", ["candidates", "chunks", "hidden"]),
+    ],
+)
+def test_a_cache_may_hold_several_payloads_and_a_student_learn_from_all(
+    ground: Path, tmp_path: Path, payloads: str, codec: str, held: list[str]
 ) -> None:
     output = tmp_path / "cache"
-    done = build(ground, output, "--set", "payloads=[candidates, chunks]")
+    options = ("--set", f"payloads={payloads}", "--set", f"candidates.codec={codec}")
+    done = build(ground, output, *options)
     assert done.returncode == 0, done.stderr
     report = verify_set(Store(output))
     assert report.ok, report.problems
+    assert [facts.name for facts in open_manifest(output).payloads] == held
     table = open_cache(output).read_rows(1, range(NUM_SAMPLES))
     # With one tokenizer each answered position is a chunk of one token.
-    assert table["chunk_logprob"].to_pylist() == table["cand_label_logprob"].to_pylist()
+    if codec == "raw":
+        assert table["chunk_logprob"].to_pylist() == table["cand_label_logprob"].to_pylist()
+    else:  # 8 significant bits
+        exact = np.frombuffer(b"".join(table["chunk_logprob"].to_pylist()), "<f4")
+        rounded = table["cand_label_logprob"].combine_chunks().flatten().to_numpy()
+        np.testing.assert_allclose(rounded, exact, rtol=2**-8)
     train = write_yaml(
         tmp_path / "train.yaml",
         {

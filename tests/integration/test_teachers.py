@@ -19,6 +19,7 @@ from stage1_teacher.scoring import reduce_logits
 from stage1_teacher.teachers.attention import check_mask_is_obeyed
 from stage1_teacher.teachers.base import (
     NonFiniteLogitsError,
+    OpenTeacher,
     ScoreRequest,
     Scores,
     ScoreSpec,
@@ -31,6 +32,7 @@ from stage1_teacher.teachers.layouts import Layout, Tokens, plan_sequences, visi
 from tests.teacher_checkpoints import FAMILIES, MASK_ID, VOCAB_SIZE, make_model, write_checkpoint
 from tide_cache.errors import CompatibilityError, DataError
 from tide_cache.geometry import block_diffusion_mask
+from tide_cache.payloads.hidden import NARROW_MAX, WIDE_MAX, Transform
 
 
 def load(folder: Path, **changes: Any) -> HfTeacher:
@@ -305,21 +307,49 @@ def test_all_candidates_rebuild_the_logits(tmp_path: Path) -> None:
     np.testing.assert_allclose(rebuilt, expected, atol=1e-5)
 
 
-def test_mean_logits_average_over_all_positions(tmp_path: Path) -> None:
+def test_hidden_states_and_head_are_those_of_the_logits(tmp_path: Path) -> None:
     teacher = load(write_checkpoint(tmp_path, "qwen3", make_model("qwen3")))
+    assert isinstance(teacher, OpenTeacher)
     requests = make_requests([5, 16, 11], num_streams=2)
-    mean, count = teacher.mean_logits(requests, MASK_ID)
-    logits = np.concatenate(wanted_logits(teacher, requests)).astype(np.float64)
-    assert count == len(logits)
-    assert mean.dtype == np.float64
-    np.testing.assert_allclose(mean, logits[:, :MASK_ID].mean(axis=0), atol=1e-6)
+    weight_VD, bias_V = teacher.head()
+    assert weight_VD.shape == (VOCAB_SIZE, teacher.hidden_size)
+    assert bias_V is None
+    with torch.no_grad():
+        hidden = [stream for request in teacher.hidden_states(requests) for stream in request]
+        assert_close([(h @ weight_VD.T).numpy() for h in hidden], wanted_logits(teacher, requests))
     nothing = ScoreRequest(
         clean_ids_L=np.arange(4),
         streams=(Stream(masked_L=np.zeros(4, bool), wanted_P=np.zeros(0, int)),),
     )
-    with pytest.raises(DataError, match="none of the requests wants a position"):
-        teacher.mean_logits([nothing], MASK_ID)
-    assert teacher.hidden_states([nothing])[0][0].shape == (0, 32)
+    assert teacher.hidden_states([nothing])[0][0].shape == (0, teacher.hidden_size)
+
+
+def test_scores_hold_the_codes_of_the_hidden_states(tmp_path: Path) -> None:
+    """Whatever the batches, each position's codes are those of its own hidden state."""
+    teacher = load(write_checkpoint(tmp_path, "qwen3", make_model("qwen3")), token_budget=64)
+    requests = make_requests([5, 16, 11, 8], num_streams=3)
+    random, size = np.random.default_rng(2), teacher.hidden_size
+    transform = Transform(
+        analysis_RD=random.normal(size=(6, size)).astype(np.float32),
+        synthesis_DR=random.normal(size=(size, 6)).astype(np.float32),
+        mean_D=random.normal(size=size).astype(np.float32),
+        limit_R=np.array([WIDE_MAX, *[NARROW_MAX] * 5], dtype=np.int16),
+        step=0.05,
+    )
+    answers = teacher.score(requests, dataclasses.replace(SPEC, transform=transform))
+    plain = teacher.score(requests, SPEC)
+    for request, scored, unasked in zip(
+        teacher.hidden_states(requests), answers, plain, strict=True
+    ):
+        for hidden_PD, scores, others in zip(request, scored, unasked, strict=True):
+            assert scores.hidden_codes_PR is not None
+            expected_PR = transform.to_codes(hidden_PD.float().numpy())
+            # Float32 sums in another order may round a code on the edge to its neighbour.
+            np.testing.assert_allclose(scores.hidden_codes_PR, expected_PR, atol=1)
+            num_other = np.count_nonzero(scores.hidden_codes_PR != expected_PR)
+            assert num_other <= 0.01 * expected_PR.size
+            assert others.hidden_codes_PR is None
+            assert_scores_close(scores, others)
 
 
 def test_a_poisoned_request_is_named_and_the_others_can_go_on(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from stage2_student.attention import AttentionMasks
 from stage2_student.batches import Batch, BatchReader, decode_rows
-from stage2_student.compatibility import candidates_facts, candidates_reading, chunks_facts
+from stage2_student.compatibility import candidates_facts, candidates_reading
 from stage2_student.teacher_rows import CandidatesReading, TeacherReading, read_mean_logits
 from tests.cache_builders import (
     MASK_ID,
@@ -30,6 +30,9 @@ from tests.cache_builders import (
 from tide_cache.alignment import payload_positions, teacher_partners
 from tide_cache.cache import Cache, open_cache
 from tide_cache.errors import DataError, FormatError, TideError
+from tide_cache.manifest import CacheManifest
+from tide_cache.payloads import open_codecs
+from tide_cache.payloads.candidates_raw import RawCandidates
 from tide_cache.rows import PremaskedRow, row_schema, rows_to_table, table_to_rows
 
 SHAPE = SetShape(num_samples=30, ragged=True, lone_share=0.5)
@@ -45,11 +48,15 @@ def reader(cache: Cache, teacher: TeacherReading | None) -> BatchReader:
 
 
 def with_teacher(cache: Cache) -> BatchReader:
-    facts = candidates_facts(cache.manifest)
-    candidates = None if facts is None else candidates_reading(cache, facts, tail="auto")
     manifest = cache.manifest
+    assert isinstance(manifest, CacheManifest)
+    codecs = open_codecs(cache.store, manifest)
     reading = TeacherReading(
-        alignment=manifest.alignment, candidates=candidates, chunks=chunks_facts(manifest)
+        alignment=manifest.alignment,
+        candidates=None
+        if codecs.candidates is None
+        else candidates_reading(cache, codecs, tail="auto"),
+        chunks=codecs.chunks,
     )
     return reader(cache, reading)
 
@@ -206,7 +213,7 @@ def test_only_the_columns_of_the_losses_are_read(cache: Cache) -> None:
     rows = {"sample_id", "student_ids", "prompt_length", "student_mask", "timestep"}
     assert set(watched.asked) == rows
     with_teacher(watched).read(0, np.arange(3))
-    payload = {"cand_ids", "cand_logits", "cand_logsumexp", "cand_label_logprob"}
+    payload = {"cand_ids", "cand_logits", "cand_logsumexp", "cand_label_logprob", "cand_crc32"}
     assert set(watched.asked) == rows | payload | {"align_runs"}
 
 
@@ -249,6 +256,7 @@ def test_a_row_out_of_bounds_is_named(
     write_premasked(spoilt, tokenizer, shape, change=spoil)
     facts = candidates_facts(open_cache(tmp_path / "cache").manifest)
     assert facts is not None
+    codec = RawCandidates(facts)
     # Rows of the spoilt set with the payload columns of the clean one.
     table = open_cache(spoilt).read_rows(0, range(5))
     payload = open_cache(tmp_path / "cache").read_rows(0, range(5))
@@ -261,7 +269,7 @@ def test_a_row_out_of_bounds_is_named(
             return table.select(list(columns)) if columns else table
 
     opened = open_cache(spoilt)
-    candidates = CandidatesReading(facts=facts, tail="uniform", mean_logits_V=None)
+    candidates = CandidatesReading(codec=codec, tail="uniform", mean_logits_V=None)
     reading = TeacherReading(alignment="positions", candidates=candidates)
     with pytest.raises(DataError, match=f"sample 0*3 view 0.*{message}"):
         reader(Spoilt(opened.store, opened.manifest), reading).read(0, np.arange(5))
@@ -310,24 +318,56 @@ def test_a_good_table_passes_the_same_way() -> None:
     assert rows.masked_BL.sum(axis=1).tolist() == [3, 3]
 
 
-@pytest.mark.parametrize(
-    ("column", "spoil", "message"),
-    [
-        ("cand_ids", lambda data: data[:-4], "cand_ids: expected .* bytes"),
-        ("cand_ids", lambda data: b"\xff" * len(data), "cand_ids: expected ids in 0..38"),
-        ("cand_logits", lambda data: b"\xff" * len(data), "cand_logits: expected numbers"),
-        ("cand_logsumexp", lambda data: data + data, "cand_logsumexp: expected .* bytes"),
-    ],
-)
+DAMAGES = [
+    ("cand_ids", lambda data: data[:-4], "cand_ids: expected .* bytes"),
+    ("cand_ids", lambda data: b"\xff" * len(data), "cand_ids: expected ids in 0..38"),
+    ("cand_logits", lambda data: b"\xff" * len(data), "cand_logits: expected numbers"),
+    ("cand_logsumexp", lambda data: data + data, "cand_logsumexp: expected .* bytes"),
+]
+
+
+# Without a checksum, and behind one that a forger made right.
+@pytest.mark.parametrize("sealing", [{"codec_version": 1}, {"reseal": True}])
+@pytest.mark.parametrize(("column", "spoil", "message"), DAMAGES)
 def test_a_damaged_payload_names_its_sample(
-    tmp_path: Path, column: str, spoil: Any, message: str
+    tmp_path: Path, column: str, spoil: Any, message: str, sealing: dict[str, Any]
 ) -> None:
     workshop = make_workshop(
         tmp_path,
         SetShape(num_samples=4, num_views=1),
         spoil=lambda name, data: spoil(data) if name == column and data else data,
+        **sealing,
     )
-    with pytest.raises(FormatError, match=rf"sample 0+\d: {message}"):
+    with pytest.raises(FormatError, match=rf"sample 0+\d view 0: {message}"):
+        with_teacher(open_cache(workshop.cache)).read(0, np.arange(4))
+
+
+@pytest.mark.parametrize(
+    ("payload", "column"),
+    [
+        ("candidates", "cand_logits"),
+        ("candidates", "cand_label_logprob"),
+        ("candidates", "cand_crc32"),
+        ("chunks", "chunk_logprob"),
+        ("chunks", "chunk_crc32"),
+    ],
+)
+def test_a_changed_bit_is_noticed_and_names_its_sample(
+    tmp_path: Path, payload: str, column: str
+) -> None:
+    """In no way out of bounds: the lowest bit of a number in one row out of four."""
+    seen = []
+
+    def flip(name: str, cell: bytes) -> bytes:
+        if name != column or not cell:
+            return cell
+        seen.append(cell)
+        return bytes([cell[0] ^ 1]) + cell[1:] if len(seen) == 2 else cell
+
+    shape = SetShape(num_samples=4, num_views=1)
+    workshop = make_workshop(tmp_path, shape, payloads=(payload,), spoil=flip)
+    crc = "cand_crc32" if payload == "candidates" else "chunk_crc32"
+    with pytest.raises(FormatError, match=rf"sample 0+[1-3] view 0: {crc}: .* was changed"):
         with_teacher(open_cache(workshop.cache)).read(0, np.arange(4))
 
 

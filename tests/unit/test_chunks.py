@@ -4,16 +4,18 @@ import dataclasses
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from tests.payload_builders import damaged, encode, resealed, sizes, to_cells
 from tests.set_builders import random_row
 from tide_cache.alignment import chunk_active, chunk_masked, fill, positions_within
-from tide_cache.errors import CompatibilityError, DataError, FormatError
-from tide_cache.manifest import ChunksFacts
+from tide_cache.errors import DataError, FormatError
+from tide_cache.payload_facts import ChunksFacts
 from tide_cache.payloads import num_entries
-from tide_cache.payloads.chunks import decode, encode
+from tide_cache.payloads.chunks import RawChunks
 from tide_cache.rows import check_row, rows_to_table, table_to_rows
 
-FACTS = ChunksFacts(codec="raw", codec_version=1)
 CHUNKS = np.array([[2, 4, 1, 2], [4, 7, 2, 6], [7, 8, 6, 8], [9, 12, 8, 9]], dtype=np.int32)
 
 
@@ -77,15 +79,44 @@ def test_bounds(changes: dict[str, object], message: str) -> None:
         check(**changes)
 
 
-def test_the_payload_round_trips_and_refuses_what_is_no_logprob() -> None:
-    logprob = np.array([-0.5, -1e4, 0.0], dtype=np.float32)
-    columns = encode(logprob, FACTS, where="row")
-    np.testing.assert_array_equal(decode(columns, FACTS, 3, where="row"), logprob)
-    with pytest.raises(FormatError, match="row 7: chunk_logprob: expected 8 bytes, got 12"):
-        decode(columns, FACTS, 2, where="row 7")
-    for bad in (np.nan, -np.inf, 0.5):
-        data = {"chunk_logprob": np.array([bad], "<f4").tobytes()}
-        with pytest.raises(FormatError, match="expected finite log-probabilities"):
-            decode(data, FACTS, 1, where="row")
-    with pytest.raises(CompatibilityError, match="codec 'small' version 1"):
-        decode(columns, ChunksFacts(codec="small", codec_version=1), 3, where="row")
+@pytest.mark.parametrize("version", [1, 2])
+@given(
+    num=st.lists(st.integers(0, 4), min_size=1, max_size=4),
+    draw=st.data(),
+)
+def test_the_payload_round_trips(version: int, num: list[int], draw: st.DataObject) -> None:
+    codec = RawChunks(ChunksFacts(codec_version=version))
+    logprobs = st.floats(min_value=float(np.float32(-1e30)), max_value=0.0, width=32)
+    values = draw.draw(st.lists(logprobs, min_size=sum(num), max_size=sum(num)))
+    logprob_C = np.array(values, dtype=np.float32)
+    table = encode(codec, logprob_C, sizes(*num))
+    found_C = codec.decode(table, sizes(*num))
+    np.testing.assert_array_equal(found_C, logprob_C)
+    assert found_C.dtype == np.float32
+    last_C = codec.decode(table.slice(len(num) - 1, 1), sizes(num[-1]))
+    np.testing.assert_array_equal(last_C, logprob_C[sum(num[:-1]) :])
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("bad", [np.nan, -np.inf, np.inf, 0.5])
+def test_what_is_no_logprob_is_neither_written_nor_read(version: int, bad: float) -> None:
+    codec = RawChunks(ChunksFacts(codec_version=version))
+    logprob_C = np.array([-0.5, bad], dtype=np.float32)
+    with pytest.raises(FormatError, match="chunk_logprob: expected finite log-probabilities"):
+        encode(codec, logprob_C, sizes(2))
+    table = encode(codec, np.zeros(2, dtype=np.float32), sizes(2))
+    cells = to_cells(table) | {"chunk_logprob": [logprob_C.tobytes()]}
+    with pytest.raises(FormatError, match="chunk_logprob: expected finite log-probabilities"):
+        codec.decode(resealed(cells, table.schema), sizes(2))
+
+
+def test_a_wrong_length_or_damaged_byte_of_the_payload_is_noticed() -> None:
+    codec = RawChunks(ChunksFacts())
+    logprob_C = np.array([-0.5, -1e4, 0.0], dtype=np.float32)
+    table = encode(codec, logprob_C, sizes(2, 0, 1))
+    with pytest.raises(FormatError, match="chunk_logprob: expected 4 bytes, got 8"):
+        codec.decode(table, sizes(1, 1, 1))
+    for what, spoilt in damaged(table):
+        with pytest.raises(FormatError):
+            codec.decode(spoilt, sizes(2, 0, 1))
+            pytest.fail(what)

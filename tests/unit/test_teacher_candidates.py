@@ -196,6 +196,9 @@ def test_temperatures_must_be_positive(temperatures: tuple[float, ...]) -> None:
         ({"vocab_size": 2}, r"ids_PK: expected 1 to 2 candidates"),
         ({"mean_logits_V": torch.zeros(7)}, r"mean_logits_V: .* \(8,\), got .* \(7,\)"),
         ({"tail": "mean"}, r"mean_logits_V: the tail 'mean' needs it"),
+        ({"tail": "mean_student"}, r"mean_logits_V: the tail 'mean_student' needs it"),
+        ({"tail": "hidden"}, r"hidden: the tail 'hidden' needs it"),
+        ({"tail_logshare_PT": torch.zeros(2, 1)}, r"tail_logshare_PT: .* \(2, 3\), got .*2, 1"),
     ],
 )
 def test_parts_that_do_not_fit_are_named(change: dict[str, object], message: str) -> None:
@@ -205,5 +208,6 @@ def test_parts_that_do_not_fit_are_named(change: dict[str, object], message: str
 
 
 def test_an_unknown_tail_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"tail: expected one of mean, uniform, got 'unifrom'"):
+    known = "mean, student, mean_student, bucket, uniform, none, hidden"
+    with pytest.raises(ConfigError, match=f"tail: expected one of {known}, got 'unifrom'"):
         dataclasses.replace(keep(draw(20, 2, 8), 3), tail="unifrom")  # type: ignore[arg-type]

@@ -1,134 +1,162 @@
 """The `candidates` payload: k ids with logits and exact logsumexps at each masked position.
 
-Legend: P payload positions of a row, K candidates, T temperatures. A codec turns the four arrays of
-a row into binary columns and back; codecs have a name and a version that the manifest carries.
-`raw` version 1 is lossless: little-endian int32 ids (ascending) and float32 logits, 8 K + 4 T + 4
-bytes a position before compression. It serves k = V and every test of equality.
+What the top of the teacher's distribution is, and how much mass lies below it at each temperature
+of the build; `tide_cache.tails` makes a full distribution of it. Two codecs: `raw` is lossless and
+serves k = V and every test of equality, `ranked` is what caches use (92 bytes a position at k = 64
+where ids recur, against 520 of `raw`).
+
+Shapes: B rows, P payload positions of all rows, K candidates, T temperatures.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
-from tide_cache.errors import CompatibilityError, FormatError
-from tide_cache.manifest import CandidatesFacts
+from tide_cache.errors import FormatError
+from tide_cache.payload_facts import CandidatesFacts
 
 Float32Array = npt.NDArray[np.float32]
 Int32Array = npt.NDArray[np.int32]
+NO_ID = -1
 
-COLUMNS = ("cand_ids", "cand_logits", "cand_logsumexp", "cand_label_logprob")
-MEAN_LOGITS_FILE = "codec/candidates.safetensors"
+CODEC_FILE = "codec/candidates.safetensors"
 MEAN_LOGITS_TENSOR = "mean_logits"
+RANKS_TENSOR = "id_of_rank"
 # float32 rounding of a logsumexp over up to 2^24 terms, relative to its magnitude.
-_LOGSUMEXP_SLACK = 1e-4
+LOGSUMEXP_SLACK = 1e-4
+# A stored logsumexp and the head's agree to a few float32 steps; a smaller tail is rounding noise.
+_RESOLUTION = 4 * float(np.finfo(np.float32).eps)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidates:
     """The teacher's word on P masked positions.
 
-    `ids_PK` int32, ascending in each row; `logits_PK` float32, raw logits (temperature 1), may be
-    -inf; `logsumexp_PT` float32, logsumexp of logits / temperature over the whole shared
-    vocabulary; `label_logprob_P` float32, log p(true token) of the teacher's full softmax.
+    `ids_PK` int32, distinct in each position; where a position has fewer than K they end in `NO_ID`
+    with logits of -inf. `logits_PK` float32, raw logits (temperature 1), may be -inf.
+    `logsumexp_PT` float32, logsumexp of logits / temperature over the whole shared vocabulary.
+    `label_logprob_P` float32, log p(true token) of the teacher's full softmax. What a codec that
+    rounds logits knows besides: `tail_logshare_PT` float32, log of the share of the mass that is
+    not the candidates', at each temperature; `error_P` float32, by how much a logit may be off.
     """
 
     ids_PK: Int32Array
     logits_PK: Float32Array
     logsumexp_PT: Float32Array
     label_logprob_P: Float32Array
+    tail_logshare_PT: Float32Array | None = None
+    error_P: Float32Array | None = None
+
+    @property
+    def num_positions(self) -> int:
+        """P, the number of positions."""
+        return len(self.ids_PK)
+
+    @property
+    def counts_P(self) -> npt.NDArray[np.int64]:
+        """How many candidates each position has."""
+        return np.asarray(np.count_nonzero(self.ids_PK != NO_ID, axis=1), dtype=np.int64)
+
+    def rows(self, start: int, stop: int) -> "Candidates":
+        """Return positions [start, stop) as views."""
+        cut: dict[str, Any] = {}
+        for field in fields(self):
+            values = getattr(self, field.name)
+            cut[field.name] = None if values is None else values[start:stop]
+        return Candidates(**cut)
 
 
 def sort_by_id(candidates: Candidates) -> Candidates:
-    """Return the same candidates with ids ascending in each position, as codecs expect them."""
+    """Return the same candidates with ids ascending in each position, as `raw` stores them."""
     order_PK = np.argsort(candidates.ids_PK, axis=1, kind="stable")
-    return Candidates(
+    return replace(
+        candidates,
         ids_PK=np.take_along_axis(candidates.ids_PK, order_PK, axis=1),
         logits_PK=np.take_along_axis(candidates.logits_PK, order_PK, axis=1),
-        logsumexp_PT=candidates.logsumexp_PT,
-        label_logprob_P=candidates.label_logprob_P,
     )
 
 
-def payload_fields() -> list[pa.Field]:
-    """Return the Arrow fields that this payload adds to a row."""
-    return [pa.field(name, pa.binary(), nullable=False) for name in COLUMNS]
-
-
-def encode(candidates: Candidates, facts: CandidatesFacts, *, where: str) -> dict[str, bytes]:
-    """Encode the payload of one row as `{column: bytes}`. Raises FormatError out of bounds."""
-    _require_raw(facts)
-    _check(candidates, facts, where)
-    return {
-        "cand_ids": candidates.ids_PK.astype("<i4").tobytes(),
-        "cand_logits": candidates.logits_PK.astype("<f4").tobytes(),
-        "cand_logsumexp": candidates.logsumexp_PT.astype("<f4").tobytes(),
-        "cand_label_logprob": candidates.label_logprob_P.astype("<f4").tobytes(),
-    }
-
-
-def decode(
-    columns: dict[str, bytes], facts: CandidatesFacts, num_positions: int, *, where: str
+def keep_top_p(
+    candidates: Candidates, *, top_p: float, min_k: int, temperature_index: int = 0
 ) -> Candidates:
-    """Decode the payload of one row that has `num_positions` payload positions.
+    """Keep of each position the likeliest ids that hold `top_p` of the mass, at least `min_k`.
 
-    Raises FormatError on any wrong length, id out of range or out of order, NaN, or a logsumexp
-    below the largest stored logit: nothing unchecked leaves this function.
+    Logits must descend in each position. The mass is at the temperature with that index (of 1).
     """
-    _require_raw(facts)
-    num_temperatures = len(facts.temperatures)
-    candidates = Candidates(
-        ids_PK=_array(columns, "cand_ids", "<i4", (num_positions, facts.k), where),
-        logits_PK=_array(columns, "cand_logits", "<f4", (num_positions, facts.k), where),
-        logsumexp_PT=_array(
-            columns, "cand_logsumexp", "<f4", (num_positions, num_temperatures), where
-        ),
-        label_logprob_P=_array(columns, "cand_label_logprob", "<f4", (num_positions,), where),
+    num_candidates = candidates.ids_PK.shape[1]
+    total_P1 = candidates.logsumexp_PT[:, temperature_index : temperature_index + 1]
+    before_PK = np.cumsum(np.exp(candidates.logits_PK - total_P1), axis=1)[:, :-1]
+    kept_PK = np.ones(candidates.ids_PK.shape, dtype=bool)
+    kept_PK[:, 1:] = (before_PK < top_p) | (np.arange(1, num_candidates) < min_k)
+    return replace(
+        candidates,
+        ids_PK=np.where(kept_PK, candidates.ids_PK, NO_ID).astype(np.int32),
+        logits_PK=np.where(kept_PK, candidates.logits_PK, -np.inf).astype(np.float32),
     )
-    _check(candidates, facts, where)
-    return candidates
 
 
-def _require_raw(facts: CandidatesFacts) -> None:
-    if (facts.codec, facts.codec_version) != ("raw", 1):
-        raise CompatibilityError(
-            f"payload candidates: codec {facts.codec!r} version {facts.codec_version}: this "
-            "program reads 'raw' version 1",
-            hint="install a newer tide-cache",
-        )
+def tail_logshare(
+    candidates: Candidates, temperatures: tuple[float, ...], vocab_size: int
+) -> Float32Array:
+    """Return log of the share of the mass outside the candidates, float32 (P, T).
+
+    The total less the candidates, where float32 can tell the two apart. Where it cannot, the
+    largest that both the total's rounding and the least candidate (no other logit exceeds it)
+    allow. -inf where no id is left.
+    """
+    logits_PK = candidates.logits_PK.astype(np.float64)
+    is_id_PK = candidates.ids_PK != NO_ID
+    num_others_P = vocab_size - candidates.counts_P
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        log_others_P = np.log(num_others_P)
+        least_P = np.where(is_id_PK, logits_PK, np.inf).min(axis=1, initial=np.inf)
+        shares = []
+        for column, temperature in enumerate(temperatures):
+            total_P = candidates.logsumexp_PT[:, column].astype(np.float64)
+            share_P = 1.0 - np.exp(logits_PK / temperature - total_P[:, None]).sum(axis=1)
+            resolution_P = _RESOLUTION * np.maximum(np.abs(total_P), 1.0)
+            measured_P = np.log(np.maximum(share_P, resolution_P))
+            bound_P = least_P / temperature + log_others_P - total_P
+            is_noise_P = share_P <= resolution_P
+            shares.append(np.where(is_noise_P, np.minimum(measured_P, bound_P), measured_P))
+    logshare_PT = np.stack(shares, axis=1) if shares else np.empty((len(logits_PK), 0))
+    logshare_PT[num_others_P == 0] = -np.inf
+    return np.minimum(logshare_PT, 0.0).astype(np.float32)
 
 
-def _array(
-    columns: dict[str, bytes], name: str, dtype: str, shape: tuple[int, ...], where: str
-) -> npt.NDArray[Any]:
-    data = columns[name]
-    expected = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    if len(data) != expected:
-        raise FormatError(f"{where}: {name}: expected {expected} bytes, got {len(data)}")
-    return np.frombuffer(data, dtype=dtype).reshape(shape)
+def check_candidates(candidates: Candidates, facts: CandidatesFacts) -> None:
+    """Raise FormatError unless ids, logits and scalars are within their bounds.
 
-
-def _check(candidates: Candidates, facts: CandidatesFacts, where: str) -> None:
+    That ids are distinct is each codec's own to check. A logsumexp below the largest logit is
+    refused with the slack of float32, and of the codec's rounding.
+    """
     ids_PK, logits_PK = candidates.ids_PK, candidates.logits_PK
     if ids_PK.shape[1:] != (facts.k,):
-        raise FormatError(f"{where}: cand_ids: expected k = {facts.k}, got {ids_PK.shape[1:]}")
+        raise FormatError(f"cand_ids: expected k = {facts.k}, got {ids_PK.shape[1:]}")
+    shape_PT = (len(ids_PK), len(facts.temperatures))
+    if candidates.logsumexp_PT.shape != shape_PT:
+        raise FormatError(
+            f"cand_logsumexp: expected shape {shape_PT}, got {candidates.logsumexp_PT.shape}"
+        )
     if not len(ids_PK):
         return
-    if ids_PK.min() < 0 or ids_PK.max() >= facts.vocab_size:
-        raise FormatError(f"{where}: cand_ids: expected ids in 0..{facts.vocab_size - 1}")
-    if (np.diff(ids_PK, axis=1) <= 0).any():
-        raise FormatError(f"{where}: cand_ids: expected ascending ids in each position")
-    if np.isnan(logits_PK).any() or np.isposinf(logits_PK).any():
-        raise FormatError(f"{where}: cand_logits: expected numbers or -inf")
+    if ids_PK.min() < NO_ID or ids_PK.max() >= facts.vocab_size:
+        raise FormatError(f"cand_ids: expected ids in 0..{facts.vocab_size - 1}")
+    # NaN passes through max; one pass finds it and +inf together.
+    peak_P = logits_PK.max(axis=1)
+    if not (peak_P < np.inf).all():
+        raise FormatError("cand_logits: expected numbers or -inf")
     if not np.isfinite(candidates.logsumexp_PT).all():
-        raise FormatError(f"{where}: cand_logsumexp: expected finite numbers")
+        raise FormatError("cand_logsumexp: expected finite numbers")
     label_P = candidates.label_logprob_P
-    if np.isnan(label_P).any() or (label_P > _LOGSUMEXP_SLACK).any():
-        raise FormatError(f"{where}: cand_label_logprob: expected log-probabilities")
-    peak_P1 = logits_PK.max(axis=1, keepdims=True).astype(np.float64)
+    if not (label_P <= LOGSUMEXP_SLACK).all():
+        raise FormatError("cand_label_logprob: expected log-probabilities")
+    peak_P1 = peak_P[:, None].astype(np.float64)
     floor_PT = peak_P1 / np.asarray(facts.temperatures)
-    slack_PT = _LOGSUMEXP_SLACK * np.maximum(1.0, np.abs(floor_PT))
+    slack_PT = LOGSUMEXP_SLACK * np.maximum(1.0, np.abs(floor_PT))
+    if candidates.error_P is not None:
+        slack_PT = slack_PT + candidates.error_P[:, None] / np.asarray(facts.temperatures)
     if (candidates.logsumexp_PT < floor_PT - np.where(np.isfinite(slack_PT), slack_PT, 0)).any():
-        raise FormatError(f"{where}: cand_logsumexp: below the largest stored logit")
+        raise FormatError("cand_logsumexp: below the largest stored logit")

@@ -5,61 +5,69 @@ where it is masked and holds no token of the prompt. Its log-prob is the sum of 
 log p(true token) at temperature 1, over the teacher's whole vocabulary. With a shared tokenizer
 (`alignment: positions`) each payload position is a chunk of one token. 4 bytes a chunk before
 compression, and exact: a chunk loss needs nothing else of the teacher.
+
+Shapes: B rows, C active chunks of all rows.
 """
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from tide_cache.errors import CompatibilityError, FormatError
-from tide_cache.manifest import ChunksFacts
+from tide_cache.errors import FormatError
+from tide_cache.payload_facts import ChunksFacts
+from tide_cache.payloads.flat import (
+    Int64Array,
+    Part,
+    bytes_column,
+    bytes_field,
+    check_checksums,
+    checksums,
+    crc_field,
+    read_bytes,
+)
 
 Float32Array = npt.NDArray[np.float32]
 
-COLUMNS = ("chunk_logprob",)
+COLUMN = "chunk_logprob"
+CRC = "chunk_crc32"
 # A log-prob is at most 0; float32 sums over the vocabulary may end this far above.
 _LOGPROB_SLACK = 1e-4
 
 
-def payload_fields() -> list[pa.Field]:
-    """Return the Arrow fields that this payload adds to a row."""
-    return [pa.field(name, pa.binary(), nullable=False) for name in COLUMNS]
+class RawChunks:
+    """Codec `raw` of `chunks`: version 1 (format 1) has no checksum, version 2 has one."""
+
+    def __init__(self, facts: ChunksFacts) -> None:
+        self.facts = facts
+        self._has_crc = facts.codec_version >= 2
+
+    def fields(self) -> list[pa.Field]:
+        """Return the Arrow fields that this payload adds to a row."""
+        return [bytes_field(COLUMN), *([crc_field(CRC)] if self._has_crc else [])]
+
+    def encode(self, logprob_C: Float32Array, num_chunks_B: Int64Array) -> list[pa.Array]:
+        """Encode the log-probs of the active chunks of B rows, in the order of the chunks."""
+        _check(logprob_C)
+        data = np.ascontiguousarray(logprob_C, dtype="<f4").view(np.uint8)
+        part = Part(values=data, counts_B=4 * num_chunks_B)
+        columns = [bytes_column(part.values, part.counts_B)]
+        if self._has_crc:
+            columns.append(pa.array(checksums([part], len(num_chunks_B)), pa.uint32()))
+        return columns
+
+    def decode(self, table: pa.Table, num_chunks_B: Int64Array) -> Float32Array:
+        """Decode rows of `num_chunks_B` active chunks each. Returns float32 (C,).
+
+        Raises FormatError on a wrong length or checksum, NaN, infinity or a log-prob above 0.
+        """
+        data = read_bytes(table, COLUMN, 4 * num_chunks_B)
+        if self._has_crc:
+            check_checksums(table, CRC, [Part(values=data, counts_B=4 * num_chunks_B)])
+        logprob_C = np.ascontiguousarray(data).view("<f4")
+        _check(logprob_C)
+        return logprob_C
 
 
-def encode(logprob_C: Float32Array, facts: ChunksFacts, *, where: str) -> dict[str, bytes]:
-    """Encode the log-probs of a row's active chunks, float32 (C,), in the order of the chunks."""
-    _require_raw(facts)
-    _check(logprob_C, where)
-    return {"chunk_logprob": logprob_C.astype("<f4").tobytes()}
-
-
-def decode(
-    columns: dict[str, bytes], facts: ChunksFacts, num_chunks: int, *, where: str
-) -> Float32Array:
-    """Decode the log-probs of a row that has `num_chunks` active chunks. Returns float32 (C,).
-
-    Raises FormatError on a wrong length, NaN, infinity or a log-prob above 0.
-    """
-    _require_raw(facts)
-    data = columns["chunk_logprob"]
-    if len(data) != 4 * num_chunks:
-        raise FormatError(
-            f"{where}: chunk_logprob: expected {4 * num_chunks} bytes, got {len(data)}"
-        )
-    logprob_C = np.frombuffer(data, dtype="<f4")
-    _check(logprob_C, where)
-    return logprob_C
-
-
-def _require_raw(facts: ChunksFacts) -> None:
-    if (facts.codec, facts.codec_version) != ("raw", 1):
-        raise CompatibilityError(
-            f"payload chunks: codec {facts.codec!r} version {facts.codec_version}: this program "
-            "reads 'raw' version 1",
-            hint="install a newer tide-cache",
-        )
-
-
-def _check(logprob_C: Float32Array, where: str) -> None:
+def _check(logprob_C: Float32Array) -> None:
     if not np.isfinite(logprob_C).all() or (logprob_C > _LOGPROB_SLACK).any():
-        raise FormatError(f"{where}: chunk_logprob: expected finite log-probabilities")
+        raise FormatError(f"{COLUMN}: expected finite log-probabilities")
