@@ -8,19 +8,17 @@ the payload: the same log-probs as float32 in memory, 4 bytes a chunk.
 
 import argparse
 import json
-import pkgutil
 import sys
 import tempfile
 from collections import defaultdict
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from benchmarks.texts import docstring_chats, train_tokenizer
 from stage1_teacher.build import run_build
 from stage1_teacher.build_plan import BuildConfig
 from stage1_teacher.build_plan import make_plan as plan_build
@@ -31,57 +29,7 @@ from stage1_teacher.tokenizers import load_tokenizer, num_ids
 from tide_cache.cache import open_cache
 from tide_cache.card import entries_count
 from tide_cache.manifest import Manifest
-
-_MODULES = ("json", "email", "logging", "unittest", "xml", "http", "concurrent", "importlib")
-_TEMPLATE = (
-    "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
-)
-
-
-def docstring_chats() -> list[dict[str, str]]:
-    """Collect (name, docstring) pairs of the standard library as prompts and replies."""
-    rows = {}
-    for package_name in _MODULES:
-        package = import_module(package_name)
-        names = [m.name for m in pkgutil.walk_packages(package.__path__, f"{package_name}.")]
-        for name in [package_name, *names]:
-            if "__main__" in name or ".test" in name:
-                continue
-            try:
-                module = import_module(name)
-            except ImportError:
-                continue
-            for label, value in sorted(vars(module).items()):
-                text = getattr(value, "__doc__", None)
-                if callable(value) and isinstance(text, str) and len(text) > 80:
-                    prompt = f"What does {name}.{label} do?"
-                    rows[prompt] = {"prompt": prompt, "response": text.strip()}
-    return list(rows.values())
-
-
-def train_tokenizer(texts: list[str], vocab_size: int, folder: Path) -> Path:
-    """Train a byte-level BPE tokenizer and save it with its template."""
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    special = ["<|start|>", "<|end|>", "<|mask|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    core.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=special,
-            initial_alphabet=alphabet,
-            show_progress=False,
-        ),
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<|end|>", pad_token="<|start|>", mask_token="<|mask|>"
-    )
-    tokenizer.chat_template = _TEMPLATE
-    tokenizer.save_pretrained(folder)
-    return folder
+from tide_cache.shards import column_bytes
 
 
 def save_teacher(folder: Path, tokenizer: Path) -> None:
@@ -138,15 +86,12 @@ def build_cache(arguments: argparse.Namespace, folder: Path) -> tuple[Manifest, 
     return manifest, folder / "cache"
 
 
-def column_bytes(cache: Path) -> dict[str, int]:
+def sum_column_bytes(cache: Path) -> dict[str, int]:
     """Return the compressed size of every column over all shards."""
     sizes: dict[str, int] = defaultdict(int)
     for path in sorted(cache.glob("data/*/*.parquet")):
-        metadata = pq.ParquetFile(path).metadata
-        for group in range(metadata.num_row_groups):
-            for index in range(metadata.num_columns):
-                column = metadata.row_group(group).column(index)
-                sizes[column.path_in_schema.split(".")[0]] += column.total_compressed_size
+        for name, size in column_bytes(pq.ParquetFile(path).metadata).items():
+            sizes[name] += size
     return dict(sizes)
 
 
@@ -154,14 +99,16 @@ def figures_of(manifest: Manifest, cache: Path) -> dict[str, Any]:
     """Return the figures that are printed."""
     counts = manifest.counts
     num_rows, num_chunks = counts["num_rows"], entries_count(manifest)
-    columns = column_bytes(cache)
+    columns = sum_column_bytes(cache)
     per_row = counts["size_bytes"] / num_rows
     return {
         "num_samples": counts["num_samples"],
         "num_views": manifest.num_views,
         "bytes_per_sample_and_view": round(per_row, 1),
         "bytes_per_active_chunk": round(counts["size_bytes"] / num_chunks, 2),
-        "payload_bytes_per_chunk": round(columns["chunk_logprob"] / num_chunks, 3),
+        "payload_bytes_per_chunk": round(
+            (columns["chunk_logprob"] + columns["chunk_crc32"]) / num_chunks, 3
+        ),
         "baseline_float32_bytes_per_chunk": 4.0,
         "positions_per_row": round(counts["num_positions"] / num_rows, 1),
         "active_chunks_per_row": round(num_chunks / num_rows, 1),

@@ -59,6 +59,8 @@ def print_table(figures: dict[str, Any], config: DemoConfig) -> None:
         f"({figures['cache_bytes'] / 1e6:.2f} MB for {figures['num_masked_positions']:,}), "
         f"{figures['bytes_per_masked_position'] / 1e3:.3f} GB per million"
     )
+    for text in figures["fidelity"]:
+        console.print(f"payload: {text}")
     stages = ", ".join(f"{name} {seconds:.0f}" for name, seconds in figures["seconds"].items())
     console.print(f"seconds: {stages}; {sum(figures['seconds'].values()):.0f} in all")
 

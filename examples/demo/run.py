@@ -34,11 +34,11 @@ from stage1_teacher.prepare_config import PrepareConfig
 from stage2_student.config import TrainConfig
 from stage2_student.trainer import train
 from tide_cache.cache import open_cache
-from tide_cache.card import entries_count
+from tide_cache.card import describe_fidelity, entries_count
 from tide_cache.cli import run as run_app
 from tide_cache.config import load_config, parse_config
 from tide_cache.errors import TideError
-from tide_cache.manifest import Manifest
+from tide_cache.manifest import CacheManifest, Manifest
 from tide_cache.store import Store
 from tide_cache.verify import verify_set
 
@@ -81,6 +81,7 @@ class Demo:
             "students": runs,
             "teacher": teacher,
             "seconds": {name: round(value, 1) for name, value in self.seconds.items()},
+            "fidelity": [describe_fidelity(facts) for facts in cache.fidelity],
             "bytes_per_masked_position": bytes_per_masked_position(cache),
             "bytes_per_answer": round(cache.counts["size_bytes"] / entries_count(cache), 2),
             "premasked_bytes": premasked.counts["size_bytes"],
@@ -152,7 +153,7 @@ class Demo:
         config = parse_config(values, TrainConfig, where="demo: teacher_train")
         train(config, self.path("premasked-teacher"))
 
-    def _build(self, name: str, changes: dict[str, Any]) -> Manifest:
+    def _build(self, name: str, changes: dict[str, Any]) -> CacheManifest:
         values = {**self.config.build, **changes}
         values["teacher"] = {
             "block_size": self.config.masking.block_size,
@@ -169,8 +170,12 @@ class Demo:
         if not self.config.is_shared:
             return {}
         shared = open_cache(self.path("premasked-held_out")).manifest.shared_vocab_size
-        exact = {"k": shared, "mean_logits_positions": 0}
-        return {"candidates": {**self.config.build["candidates"], **exact}, "comp_demo": False}
+        return {
+            "payload": None,
+            "payloads": ["candidates"],
+            "candidates": {"codec": "raw", "k": shared, "mean_logits_positions": 0},
+            "comp_demo": False,
+        }
 
     def _verify(self, name: str) -> None:
         report = verify_set(Store(self.path(name)))
