@@ -65,6 +65,16 @@ def test_a_set_interrupted_after_each_step_ends_with_the_same_bytes(tmp_path: Pa
     assert writer.begin() is not None
 
 
+def test_what_killed_writers_left_is_swept_away(tmp_path: Path) -> None:
+    """Half-written shards and codec files, under the temporary names of `publish`."""
+    write_premasked(tmp_path / "whole")
+    for folder in ("data/view-00", "codec"):
+        (tmp_path / "set" / folder).mkdir(parents=True)
+        (tmp_path / "set" / folder / ".head.safetensors.0123abcd.tmp").write_bytes(b"half")
+    write_premasked(tmp_path / "set")
+    assert all_bytes(tmp_path / "set") == all_bytes(tmp_path / "whole")
+
+
 def test_another_config_is_refused_by_key(tmp_path: Path) -> None:
     write_premasked(tmp_path / "set")
     other = premasked_header(config={"seed": 1}, block_size=8)
