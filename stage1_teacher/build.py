@@ -200,7 +200,21 @@ class BuildWorker:
         ]
 
     def _encode(self, rows: Sequence[PremaskedRow], parts_S: Sequence[Sequence[Part]]) -> pa.Table:
-        """Encode the answers to the rows of one view. Raises FormatError naming the rows."""
+        """Encode the answers to the rows of one view. Raises FormatError naming the row."""
+        try:
+            return self._encode_together(rows, parts_S)
+        except FormatError:
+            for row, parts in zip(rows, parts_S, strict=True):
+                try:
+                    self._encode_together([row], [parts])
+                except FormatError as error:
+                    where = f"sample {row.sample_id} view {row.view}"
+                    raise FormatError(f"{where}: {error.message}", hint=error.hint) from error
+            raise
+
+    def _encode_together(
+        self, rows: Sequence[PremaskedRow], parts_S: Sequence[Sequence[Part]]
+    ) -> pa.Table:
         alignment, codecs = self.header.alignment, self.codecs
         nums_S = np.array([num_entries(row, alignment) for row in rows], dtype=np.int64)
         columns: dict[str, pa.Array] = {}

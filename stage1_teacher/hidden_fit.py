@@ -5,7 +5,8 @@ at temperature T is e' F e / 2 with F = E[W' (diag p - p p') W] / T^2, the gradi
 e' G e with G = E[W' (diag p - p p')^2 W] / T^2. The transform makes their (normalised) sum the unit
 matrix and the components uncorrelated, so that one step for all is the best there is: the
 reverse water-filling of a Gaussian source, components below the water level left out. On the
-benchmark teacher (d = 256, V = 8,192) a cosine of .99 takes 18 bytes a position, .999 about 40.
+benchmark teacher (d = 256, V = 8,192) a cosine of .991 takes 6 bytes a position, .9995 takes 18,
+beside the candidates that pin the top (`python -m benchmarks.gradients`).
 
 Shapes: P positions, D hidden size, R components kept, V vocabulary.
 """

@@ -16,14 +16,13 @@ import pytest
 
 from tests.builders import (
     all_files,
-    chat_rows,
     command,
     command_environment,
     make_tokenizer,
     run_command,
-    write_chat_jsonl,
     write_yaml,
 )
+from tests.pipelines import write_pipeline
 from tests.teacher_checkpoints import make_model, write_checkpoint
 from tide_cache.cache import open_cache
 from tide_cache.card import describe_fidelity
@@ -42,36 +41,17 @@ CANDIDATES_ALONE = "payloads=[candidates]"
 def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tokenizer, a teacher, a premasked set of five tasks, a config and a cache."""
     folder = tmp_path_factory.mktemp("build")
-    tokenizer = make_tokenizer(folder)
-    model = make_model("qwen3", vocab_size=448, max_position_embeddings=512)
-    write_checkpoint(folder / "teacher", "qwen3", model)
-    for path in tokenizer.iterdir():
-        shutil.copy(path, folder / "teacher" / path.name)
-    write_chat_jsonl(folder / "chat.jsonl", chat_rows(NUM_SAMPLES))
-    write_yaml(
-        folder / "pipeline.yaml",
-        {
-            "prepare": {
-                "sources": str(folder / "chat.jsonl"),
-                "student": {"tokenizer": str(tokenizer), "max_length": 128},
-                "block_size": 8,
-                "num_views": 2,
-                "samples_per_shard": 8,
-            },
-            "build": {
-                "teacher": {
-                    "model": str(folder / "teacher"),
-                    "dtype": "float32",
-                    "block_size": 8,
-                    "token_budget": 512,
-                },
-                "candidates": {"k": 12, "mean_logits_positions": 100},
-                "hidden": {"fit_positions": 256},
-                "fidelity_positions": 64,
-            },
+    config = write_pipeline(
+        folder,
+        make_model("qwen3", vocab_size=448, max_position_embeddings=512),
+        num_rows=NUM_SAMPLES,
+        prepare={},
+        build={
+            "candidates": {"k": 12, "mean_logits_positions": 100},
+            "hidden": {"fit_positions": 256},
+            "fidelity_positions": 64,
         },
     )
-    config = folder / "pipeline.yaml"
     succeed("prepare", config, "-o", folder / "premasked", "--workers", "1")
     succeed("build", config, "-p", folder / "premasked", "-o", folder / "cache", "--workers", "1")
     return folder
@@ -339,6 +319,25 @@ def test_a_cache_is_no_premasked_set(ground: Path, tmp_path: Path) -> None:
     done = build(ground, tmp_path / "c", premasked=ground / "cache")
     assert done.returncode == 1
     assert "expected a premasked set, got a cache" in done.stderr
+
+
+def test_an_answer_that_no_codec_takes_names_its_row(ground: Path, tmp_path: Path) -> None:
+    """Logits of 1e33 are numbers, but beyond what `ranked` stores."""
+    model = make_model("qwen3", vocab_size=448, max_position_embeddings=512)
+    model.lm_head.weight.data *= 1e33
+    write_checkpoint(tmp_path / "teacher", "qwen3", model)
+    shutil.copytree(ground / "tokenizer", tmp_path / "teacher", dirs_exist_ok=True)
+    settings = [
+        f"teacher.model={tmp_path / 'teacher'}",
+        CANDIDATES_ALONE,
+        "candidates.mean_logits_positions=0",
+        "candidates.ranks=corpus",
+        "fidelity_positions=0",
+    ]
+    overrides = [word for setting in settings for word in ("--set", setting)]
+    done = build(ground, tmp_path / "cache", *overrides)
+    assert done.returncode == 1
+    assert re.search(r"sample [0-9a-f]{32} view [01]: cand_logits: expected", done.stderr)
 
 
 @pytest.mark.parametrize("full_at", ["codec", "data"])

@@ -12,11 +12,8 @@ from stage1_teacher.calibration_record import CLAIM
 from tests.builders import (
     all_files,
     assert_same_files,
-    chat_rows,
-    make_tokenizer,
-    write_chat_jsonl,
-    write_yaml,
 )
+from tests.pipelines import write_pipeline
 from tests.support import PROJECT_ROOT
 from tests.teacher_checkpoints import make_model, write_checkpoint
 from tide_cache.canonical import canonical_json
@@ -29,30 +26,20 @@ CHUNKS = PROJECT_ROOT / "tests/data/format-1/chunks"
 def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tokenizer, a teacher, a premasked set, and a cache of the default payload."""
     folder = tmp_path_factory.mktemp("refusals")
-    tokenizer = make_tokenizer(folder)
     model = make_model("qwen3", vocab_size=448, num_layers=1, max_position_embeddings=512)
-    for name, files in (("teacher", tokenizer), ("foreign", CHUNKS / "tokenizer")):
-        write_checkpoint(folder / name, "qwen3", model)
-        shutil.copytree(files, folder / name, dirs_exist_ok=True)
-    write_chat_jsonl(folder / "chat.jsonl", chat_rows(40))
-    write_yaml(
-        folder / "pipeline.yaml",
-        {
-            "prepare": {
-                "sources": str(folder / "chat.jsonl"),
-                "student": {"tokenizer": str(tokenizer), "max_length": 128},
-                "block_size": 8,
-                "num_views": 1,
-                "samples_per_shard": 40,
-            },
-            "build": {
-                "teacher": {"model": str(folder / "teacher"), "dtype": "float32", "block_size": 8},
-                "candidates": {"mean_logits_positions": 100},
-                "hidden": {"fit_positions": 256},
-                "fidelity_positions": 64,
-            },
+    write_pipeline(
+        folder,
+        model,
+        num_rows=40,
+        prepare={"num_views": 1, "samples_per_shard": 40},
+        build={
+            "candidates": {"mean_logits_positions": 100},
+            "hidden": {"fit_positions": 256},
+            "fidelity_positions": 64,
         },
     )
+    write_checkpoint(folder / "foreign", "qwen3", model)
+    shutil.copytree(CHUNKS / "tokenizer", folder / "foreign", dirs_exist_ok=True)
     cli.prepare(folder / "pipeline.yaml", output=str(folder / "premasked"), workers=1)
     build(folder, folder / "cache")
     return folder

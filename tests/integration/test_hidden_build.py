@@ -22,15 +22,13 @@ from stage2_student.metrics import read_metrics
 from stage2_student.trainer import train
 from tests.builders import (
     all_files,
-    chat_rows,
     command_environment,
-    make_tokenizer,
     run_command,
-    write_chat_jsonl,
     write_yaml,
 )
+from tests.pipelines import write_pipeline
 from tests.support import PROJECT_ROOT
-from tests.teacher_checkpoints import edit_config, make_model, write_checkpoint
+from tests.teacher_checkpoints import edit_config, make_model
 from tide_cache.cache import open_cache
 from tide_cache.errors import CompatibilityError, FormatError
 from tide_cache.manifest import CacheManifest
@@ -59,33 +57,17 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
     `cache` holds the default payload, `ragged` candidates of as many ids as hold 90% of the mass.
     """
     folder = tmp_path_factory.mktemp("hidden")
-    tokenizer = make_tokenizer(folder)
     model = make_model("qwen3", vocab_size=448, max_position_embeddings=512)
     model.lm_head.weight.data *= 3  # so that 90% of the mass is now a few ids, now many
-    write_checkpoint(folder / "teacher", "qwen3", model)
-    shutil.copytree(tokenizer, folder / "teacher", dirs_exist_ok=True)
-    write_chat_jsonl(folder / "chat.jsonl", chat_rows(24))
-    write_yaml(
-        folder / "pipeline.yaml",
-        {
-            "prepare": {
-                "sources": str(folder / "chat.jsonl"),
-                "student": {"tokenizer": str(tokenizer), "max_length": 128},
-                "block_size": 8,
-                "num_views": 2,
-                "samples_per_shard": 8,
-            },
-            "build": {
-                "teacher": {
-                    "model": str(folder / "teacher"),
-                    "dtype": "float32",
-                    "block_size": 8,
-                    "token_budget": 512,
-                },
-                "fidelity_positions": 100,
-                "candidates": {"mean_logits_positions": 100},
-                "hidden": {"fit_positions": 256},
-            },
+    write_pipeline(
+        folder,
+        model,
+        num_rows=24,
+        prepare={},
+        build={
+            "fidelity_positions": 100,
+            "candidates": {"mean_logits_positions": 100},
+            "hidden": {"fit_positions": 256},
         },
     )
     done = run_command(

@@ -5,7 +5,8 @@ the hidden state holds all of it in d numbers. A linear transform turns it into 
 errors matter equally for the softmax and that are uncorrelated, all are rounded with one step, and
 those that always round to zero are left out (the fit stands in stage 1). Components are stored
 one after the other within a row (all positions of the first, then of the second), in columns by
-how large they get, so that a column holds symbols of one kind. 0.1 to 0.2 bytes a component.
+how large they get, so that a column holds symbols of one kind. 18 bytes a position at a
+gradient cosine of .9995 (d = 256: `python -m benchmarks.gradients`).
 
 Shapes: B rows, P payload positions of all rows, R components kept, D hidden size, V vocabulary.
 """
