@@ -132,6 +132,9 @@ def _encodings(schema: pa.Schema) -> dict[str, str]:
             encodings[f"{field.name}.list.element"] = "BYTE_STREAM_SPLIT"
         elif pa.types.is_list(field.type):
             encodings[f"{field.name}.list.element"] = "DELTA_BINARY_PACKED"
+        elif pa.types.is_binary(field.type):
+            # Lengths apart, so that only like bytes stand beside each other.
+            encodings[field.name] = "DELTA_LENGTH_BYTE_ARRAY"
         elif pa.types.is_signed_integer(field.type):
             encodings[field.name] = "DELTA_BINARY_PACKED"
     return encodings

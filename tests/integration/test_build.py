@@ -392,10 +392,10 @@ def test_a_cache_may_hold_several_payloads_and_a_student_learn_from_all(
     # With one tokenizer each answered position is a chunk of one token.
     if codec == "raw":
         assert table["chunk_logprob"].to_pylist() == table["cand_label_logprob"].to_pylist()
-    else:  # 8 significant bits
+    else:  # 4 significant bits
         exact = np.frombuffer(b"".join(table["chunk_logprob"].to_pylist()), "<f4")
         rounded = table["cand_label_logprob"].combine_chunks().flatten().to_numpy()
-        np.testing.assert_allclose(rounded, exact, rtol=2**-8)
+        np.testing.assert_allclose(rounded, exact, rtol=2**-4)
     train = write_yaml(
         tmp_path / "train.yaml",
         {

@@ -30,11 +30,15 @@ from tests.payload_builders import (
 from tide_cache.errors import FormatError
 from tide_cache.payload_facts import RankedFacts
 from tide_cache.payloads.candidates import NO_ID, Candidates, keep_top_p, tail_logshare
-from tide_cache.payloads.candidates_ranked import RankedCandidates, num_planes
+from tide_cache.payloads.candidates_ranked import (
+    LABEL_BITS,
+    TAIL_BITS,
+    RankedCandidates,
+    num_planes,
+)
 from tide_cache.shards import table_bytes
 
-# Half a unit in the last of 8 significant bits.
-ROUNDING = 2.0**-8
+NO_RANGE = "cand_low, cand_range: expected a finite low and a range from 0"
 
 
 def make_codec(
@@ -141,10 +145,10 @@ def assert_close(found: Candidates, made: Candidates, codec: RankedCandidates) -
     # The bound itself is no larger than half a step and float32's rounding.
     assert (found.error_P <= 1.001 * half_step_P + 2**-20 * (np.abs(low_P) + range_P)).all()
     np.testing.assert_array_equal(found.logsumexp_PT, made.logsumexp_PT)
-    np.testing.assert_allclose(found.label_logprob_P, made.label_logprob_P, rtol=ROUNDING)
+    np.testing.assert_allclose(found.label_logprob_P, made.label_logprob_P, rtol=2.0**-LABEL_BITS)
     share_PT = tail_logshare(made, facts.temperatures, facts.vocab_size)
     assert found.tail_logshare_PT is not None
-    np.testing.assert_allclose(found.tail_logshare_PT, share_PT, rtol=ROUNDING)
+    np.testing.assert_allclose(found.tail_logshare_PT, share_PT, rtol=2.0**-TAIL_BITS)
 
 
 KINDS = ("normal", "ties", "equal", "one-hot", "holes", "tiny", "huge", "far", "mixed")
@@ -252,7 +256,8 @@ def test_the_bytes_of_version_1() -> None:
     assert cells["cand_gaps_1"] == [bytes([0, 0, 1, 1, 0, 0])]
     # Codes of 0..62 from low to low + range; 63 is -inf. 6.2 is rounded up to 6.21875.
     assert cells["cand_codes"] == [bytes([0, 62, 63, 62, 5, 0])]
-    assert cells["cand_extremes"] == [np.array([2, 2, 1, 6.21875], "<f4").tobytes()]
+    assert cells["cand_low"] == [np.array([2, 1], "<f4").tobytes()]
+    assert cells["cand_range"] == [np.array([2, 6.21875], "<f4").tobytes()]
     assert cells["cand_logsumexp"] == [np.array([4.5, 8], "<f4").tobytes()]
     assert cells["cand_tail"] == [np.array([-1, -np.inf], "<f4").tobytes()]
     assert cells["cand_label_logprob"] == [np.array([-0.5, -1], "<f4").tobytes()]
@@ -370,11 +375,11 @@ def f4(*values: float) -> bytes:
         ("cand_gaps_1", 0, bytes([255] * 4), r"cand_gaps: expected ranks in 0\.\.299"),
         ("cand_codes", 3, b"\x40", r"cand_codes: expected codes in 0\.\.63"),
         ("cand_codes", 4, bytes([63] * 4), "cand_codes: a position without a finite logit"),
-        ("cand_extremes", 0, f4(np.nan), "cand_extremes: expected a finite low and a range from 0"),
-        ("cand_extremes", 0, f4(np.inf), "cand_extremes: expected a finite low and a range from 0"),
-        ("cand_extremes", 4, f4(-1), "cand_extremes: expected a finite low and a range from 0"),
-        ("cand_extremes", 4, f4(np.nan), "cand_extremes: expected a finite low and a range"),
-        ("cand_extremes", 4, f4(4e30), "cand_extremes: expected a finite low and a range from 0"),
+        ("cand_low", 0, f4(np.nan), NO_RANGE),
+        ("cand_low", 0, f4(np.inf), NO_RANGE),
+        ("cand_range", 0, f4(-1), NO_RANGE),
+        ("cand_range", 0, f4(np.nan), NO_RANGE),
+        ("cand_range", 0, f4(4e30), NO_RANGE),
         ("cand_logsumexp", 4, f4(np.nan), "cand_logsumexp: expected finite numbers"),
         ("cand_logsumexp", 4, f4(-99), "cand_logsumexp: below the largest stored logit"),
         ("cand_tail", 4, f4(0.1), "cand_tail: expected logarithms of shares"),

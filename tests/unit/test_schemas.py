@@ -26,8 +26,8 @@ def test_rows_are_listed_as_arrow_knows_them() -> None:
     # What a build makes by default: candidates ranked, then hidden.
     assert [name for name in names if name.startswith(("cand_", "hidden_"))] == names[10:]
     assert names[10:] == [
-        *("cand_gaps_0", "cand_gaps_1", "cand_gaps_2", "cand_codes", "cand_extremes"),
-        *("cand_logsumexp", "cand_tail", "cand_label_logprob", "cand_crc32"),
+        *("cand_gaps_0", "cand_gaps_1", "cand_gaps_2", "cand_codes", "cand_low"),
+        *("cand_range", "cand_logsumexp", "cand_tail", "cand_label_logprob", "cand_crc32"),
         *("hidden_0", "hidden_1", "hidden_2", "hidden_high", "hidden_crc32"),
     ]
     assert {field["type"] for field in fields["positions"]} >= {"string", str(pa.int16()), "binary"}

@@ -7,8 +7,8 @@ linear between the extremes of its position: `low + code * range / (levels - 1)`
 
 Rounded logits sum to another mass than the true ones, and 1% of a sharp head can be all of its
 tail. So the share of the tail is stored beside the exact logsumexp, and whoever rebuilds a
-distribution shifts the head to what is left (`tide_cache.tails`). Scalars that only steer
-(extremes, shares, the label's log-prob) keep 8 significant bits; logsumexps are exact.
+distribution shifts the head to what is left (`tide_cache.tails`). Scalars that only steer keep few
+significant bits (`LOW_BITS` and its neighbours); logsumexps are exact.
 
 Shapes: B rows, P payload positions of all rows, K candidates, N candidates of all positions end to
 end, T temperatures.
@@ -44,6 +44,8 @@ from tide_cache.payloads.flat import (
 )
 
 CRC = "cand_crc32"
+# Significant bits. No loss reads the label; chunks hold it exactly.
+LOW_BITS, RANGE_BITS, TAIL_BITS, LABEL_BITS = 8, 8, 8, 4
 _PAD_KEY = np.uint32(0xFFFFFFFF)
 _MAX_LOGIT = 1e30
 # Rounding of low + code * step in float32, relative to its parts.
@@ -98,10 +100,11 @@ class RankedCandidates:
             [planes_N4[:, plane] for plane in range(self._num_planes)],
             codes_N,
             [
-                np.stack([low_P, range_P], axis=1),
+                low_P,
+                range_P,
                 candidates.logsumexp_PT,
-                np.minimum(_round(tail_PT), 0.0),
-                np.minimum(_round(candidates.label_logprob_P), 0.0),
+                np.minimum(_round(tail_PT, TAIL_BITS), 0.0),
+                np.minimum(_round(candidates.label_logprob_P, LABEL_BITS), 0.0),
             ],
             num_positions_B,
         )
@@ -120,7 +123,7 @@ class RankedCandidates:
             Part(values=read_bytes(table, name, num_items_B), counts_B=num_items_B)
             for name in names
         ]
-        widths = {"cand_extremes": 2, "cand_logsumexp": num_temperatures}
+        widths = {"cand_low": 1, "cand_range": 1, "cand_logsumexp": num_temperatures}
         widths |= {"cand_tail": num_temperatures, "cand_label_logprob": 1}
         parts += [
             Part(
@@ -131,8 +134,7 @@ class RankedCandidates:
         ]
         check_checksums(table, CRC, parts)
         values = [part.values for part in parts[1 if self._is_ragged else 0 :]]
-        planes, (codes_N, extremes, totals, tails, labels) = values[:-5], values[-5:]
-        low_P, range_P = extremes.reshape(num_positions, 2).T
+        planes, (codes_N, low_P, range_P, totals, tails, labels) = values[:-6], values[-6:]
         ids_PK = self._to_ids(planes, counts_P)
         logits_PK = self._to_logits(codes_N, counts_P, low_P, range_P)
         candidates = Candidates(
@@ -262,7 +264,7 @@ class RankedCandidates:
         if len(codes_N) and codes_N.max() > self._levels:
             raise FormatError(f"cand_codes: expected codes in 0..{self._levels}")
         if not (np.isfinite(low_P).all() and (range_P >= 0).all() and (range_P < 4e30).all()):
-            raise FormatError("cand_extremes: expected a finite low and a range from 0")
+            raise FormatError("cand_low, cand_range: expected a finite low and a range from 0")
         codes_PK: npt.NDArray[np.integer]
         if self._is_ragged:
             codes_PK = self._spread(codes_N.astype(np.int32), counts_P)
@@ -284,7 +286,8 @@ def ranked_fields(facts: RankedFacts) -> list[pa.Field]:
         *([bytes_field("cand_counts")] if facts.top_p is not None else []),
         *(bytes_field(f"cand_gaps_{plane}") for plane in range(num_planes(facts.vocab_size))),
         bytes_field("cand_codes"),
-        floats_field("cand_extremes"),
+        floats_field("cand_low"),
+        floats_field("cand_range"),
         floats_field("cand_logsumexp"),
         floats_field("cand_tail"),
         floats_field("cand_label_logprob"),
@@ -325,24 +328,27 @@ def _extremes(candidates: Candidates) -> tuple[Float32Array, Float32Array]:
     finite_PK = np.isfinite(candidates.logits_PK)
     low_P = candidates.logits_PK.min(axis=1, where=finite_PK, initial=np.inf)
     high_P = candidates.logits_PK.max(axis=1, where=finite_PK, initial=-np.inf)
-    low_P = -_round_up(-low_P)
-    return low_P, _round_up(high_P - low_P)
+    low_P = -_round_up(-low_P, LOW_BITS)
+    return low_P, _round_up(high_P - low_P, RANGE_BITS)
 
 
-def _round(values: Float32Array) -> Float32Array:
-    """Round float32 to 8 significant bits, to nearest; infinities stay."""
+def _round(values: Float32Array, num_bits: int) -> Float32Array:
+    """Round float32 to so many significant bits, to nearest, ties to even; infinities stay."""
+    dropped = np.uint32(24 - num_bits)
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(
-        0xFFFF0000
-    )
+    half = (np.uint32(1) << (dropped - np.uint32(1))) - np.uint32(1)
+    nearest = bits + half + ((bits >> dropped) & np.uint32(1))
+    rounded = (nearest >> dropped) << dropped
     return rounded.view(np.float32).reshape(np.shape(values))
 
 
-def _round_up(values: Float32Array) -> Float32Array:
-    """Round float32 towards +infinity to 8 significant bits."""
+def _round_up(values: Float32Array, num_bits: int) -> Float32Array:
+    """Round float32 towards +infinity to so many significant bits."""
     values = np.asarray(values, dtype=np.float32)
+    unit = np.uint32(1 << (24 - num_bits))
     bits = np.ascontiguousarray(values).view(np.uint32)
-    cut = (bits & np.uint32(0xFFFF0000)).view(np.float32).reshape(values.shape)
-    next_up = ((bits & np.uint32(0xFFFF0000)) + np.uint32(0x10000)).view(np.float32)
+    cut_bits = bits & ~(unit - np.uint32(1))
+    cut = cut_bits.view(np.float32).reshape(values.shape)
+    next_up = (cut_bits + unit).view(np.float32).reshape(values.shape)
     # Cutting moves towards zero: already up for negative numbers.
-    return np.where(cut >= values, cut, next_up.reshape(values.shape)).astype(np.float32)
+    return np.where(cut >= values, cut, next_up).astype(np.float32)
