@@ -51,6 +51,7 @@ class BuildPlan:
     header_values: Mapping[str, Any]
     teacher: TeacherIdentity
     tasks: tuple[int, ...]
+    num_rows: int
     calibration: CalibrationPlan | None
     has_chunks: bool
 
@@ -72,10 +73,13 @@ class BuildPlan:
         return (*payloads[:1], *chunks, *payloads[1:])
 
 
-def make_plan(config: BuildConfig, premasked: Cache, output_url: str) -> BuildPlan:
+def make_plan(
+    config: BuildConfig, premasked: Cache, output_url: str, *, device: str | None = None
+) -> BuildPlan:
     """Check that premasked set, teacher and payload fit together and return the plan.
 
-    Hashes the teacher's weights; loads nothing. Raises ConfigError, CompatibilityError, DataError.
+    `device`: what `device_name` gives where the workers will run, if that is elsewhere. Hashes
+    the teacher's weights; loads nothing. Raises ConfigError, CompatibilityError, DataError.
     """
     manifest = premasked.manifest
     if not isinstance(manifest, PremaskedManifest):
@@ -102,7 +106,7 @@ def make_plan(config: BuildConfig, premasked: Cache, output_url: str) -> BuildPl
         **{name: getattr(manifest, name) for name in copied},
         "premasked_sha256": identity(manifest),
         "comp_demo": config.comp_demo,
-        "teacher_model": _teacher_facts(teacher, head_rows, device_name(config.teacher)),
+        "teacher_model": _teacher_facts(teacher, head_rows, device or device_name(config.teacher)),
         "build_config": config.model_dump(mode="json"),
         "build_provenance": provenance.collect("tide-cache build", _PACKAGES),
     }
@@ -113,6 +117,7 @@ def make_plan(config: BuildConfig, premasked: Cache, output_url: str) -> BuildPl
         header_values=header_values,
         teacher=teacher,
         tasks=tuple(sorted({shard.task for shard in manifest.shards})),
+        num_rows=sum(shard.num_rows for shard in manifest.shards),
         calibration=calibration,
         has_chunks="chunks" in wanted,
     )

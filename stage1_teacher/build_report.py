@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from stage1_teacher.build import ShardRange
 from stage1_teacher.build_plan import BuildPlan, projected_bytes
 from tide_cache.card import describe_fidelity, entries_count
 from tide_cache.manifest import CacheManifest, Manifest, identity
@@ -46,6 +47,30 @@ def lines(manifest: Manifest, url: str, *, num_tasks: Mapping[str, int]) -> list
         ),
         *[("fidelity", describe_fidelity(facts)) for facts in manifest.fidelity],
         ("next", f"tide-train CONFIG.yaml --cache {url}"),
+    ]
+
+
+def share_facts(url: str, share: ShardRange, *, num_tasks: Mapping[str, int]) -> dict[str, Any]:
+    """Return what to say of a share that is done while others are not, as JSON values."""
+    return {
+        "url": url,
+        "shard_range": f"{share.index}/{share.count}",
+        "finished": False,
+        "num_tasks": dict(num_tasks),
+    }
+
+
+def share_lines(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the same as (label, text) pairs."""
+    made, kept = facts["num_tasks"]["made"], facts["num_tasks"]["kept"]
+    return [
+        ("share", f"{facts['shard_range']} of {facts['url']} is done"),
+        ("run", f"{made} tasks made, {kept} kept from an earlier run"),
+        (
+            "next",
+            f"the share that ends last writes the manifest; 'tide-cache status {facts['url']}' "
+            "shows how far the others are",
+        ),
     ]
 
 

@@ -212,8 +212,7 @@ def run_calibration(
             plan=plan, fit=fit, chosen=fitted[0], measured=(), student=NOISED_TEACHER,
             num_positions=0,
         )  # fmt: skip
-    rows = read_rows(premasked, plan.measure_rows)
-    sample = sample_teacher(teacher, rows, comp_demo=plan.config.comp_demo)
+    sample, rows = _ask(plan, premasked, plan.measure_rows, teacher)
     head = shared_head(teacher, plan.vocab_size)
     student, student_name = _student(
         plan.config, plan.vocab_size, rows, sample, head, fit.mean_logits_V
@@ -232,11 +231,21 @@ def run_calibration(
     )
 
 
+def _ask(
+    plan: CalibrationPlan, premasked: Cache, chosen: ChosenRows, teacher: OpenTeacher
+) -> tuple[Sample, list[PremaskedRow]]:
+    return sample_teacher(
+        teacher,
+        read_rows(premasked, chosen),
+        comp_demo=plan.config.comp_demo,
+        bad_samples=plan.config.bad_samples,
+    )
+
+
 def make_fit(plan: CalibrationPlan, premasked: Cache, teacher: OpenTeacher) -> Fit:
     """Learn from the fit rows what codecs need: mean logits, rank table, basis (on first use)."""
     config = plan.config.candidates
-    rows = read_rows(premasked, plan.fit_rows)
-    sample = sample_teacher(teacher, rows, comp_demo=plan.config.comp_demo)
+    sample, _ = _ask(plan, premasked, plan.fit_rows, teacher)
     head = shared_head(teacher, plan.vocab_size)
     k = plan.setting.k if plan.setting is not None else min(64, plan.vocab_size)
     mean_V, count_V = _means_and_counts(sample, head, k)
@@ -346,9 +355,9 @@ def check_cache(
             f"{premasked.url}: no rows are left that calibration has not used",
             hint="lower fidelity_positions or candidates.mean_logits_positions in config and cache",
         )
-    rows = read_rows(premasked, chosen)
-    sample = sample_teacher(teacher, rows, comp_demo=plan.config.comp_demo)
-    stored = read_stored(cache, manifest, chosen, sample.num_positions_B)
+    sample, rows = _ask(plan, premasked, chosen, teacher)
+    in_cache = rows_in(cache, [row.sample_id for row in rows])
+    stored = read_stored(cache, manifest, in_cache, sample.num_positions_B)
     mean_V = stored.mean_logits_V
     head = shared_head(teacher, facts.vocab_size)
     student, _ = _student(plan.config, facts.vocab_size, rows, sample, head, mean_V)
@@ -375,16 +384,30 @@ class Stored:
     mean_logits_V: npt.NDArray[np.float32] | None
 
 
+def rows_in(cache: Cache, sample_ids: Sequence[str]) -> list[int]:
+    """Return where samples stand in a cache. Raises CompatibilityError where one is missing."""
+    column = cache.read_rows(0, range(cache.num_samples), ["sample_id"])["sample_id"]
+    row_of = {sample_id: row for row, sample_id in enumerate(column.to_pylist())}
+    missing = [sample_id for sample_id in sample_ids if sample_id not in row_of]
+    if missing:
+        raise CompatibilityError(
+            f"{cache.url}: expected sample {missing[0]} of the premasked set, found none",
+            hint="was it built from another set, or the sample dropped by its build? "
+            "'tide-cache inspect' shows both",
+        )
+    return [row_of[sample_id] for sample_id in sample_ids]
+
+
 def read_stored(
     cache: Cache,
     manifest: CacheManifest,
-    chosen: ChosenRows,
+    rows: Sequence[int],
     num_positions_B: npt.NDArray[np.int64],
 ) -> Stored:
     """Decode the payloads of some rows of a finished cache. Raises FormatError."""
     facts, codecs = manifest.candidates, open_codecs(cache.store, manifest)
     assert facts is not None and codecs.candidates is not None
-    table = cache.read_rows(0, chosen.rows)
+    table = cache.read_rows(0, rows)
     hidden_PD = mean_V = None
     if codecs.hidden is not None and manifest.hidden is not None:
         tensors = read_tensors(cache.store, manifest.files, TRANSFORM_FILE)

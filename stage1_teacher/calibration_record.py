@@ -2,7 +2,8 @@
 
 A claim, the codec files and then a record are published into the folder of the cache before its
 first shard, by create-if-absent: whoever comes second (a run after a crash, another machine on the
-same build) takes what is there, so all shards are encoded alike. Claim and record say for which
+same build) takes what is there, so all shards are encoded alike. Builds that begin side by side let
+one of them calibrate. Claim and record say for which
 teacher, set and config: what another build left half done is refused, never taken for one's own.
 """
 
@@ -17,6 +18,7 @@ from stage1_teacher.calibrate import Calibration, require_open, run_calibration
 from stage1_teacher.measure import Progress
 from stage1_teacher.settings import codec_files
 from stage1_teacher.teachers import load_teacher
+from stage1_teacher.turns import one_for_all
 from tide_cache.cache import Cache
 from tide_cache.canonical import canonical_json, sha256_hex
 from tide_cache.codec_files import read_tensors
@@ -33,6 +35,7 @@ from tide_cache.writer import STATE, require_same
 logger = logging.getLogger(__name__)
 RECORD = f"{STATE}/calibration.json"
 CLAIM = f"{STATE}/calibration-key.json"
+TURNS = f"{STATE}/calibration-turns"
 _KEY = ("premasked_sha256", "comp_demo", "teacher_model", "build_config")
 
 
@@ -61,11 +64,16 @@ def ensure_record(
         _claim(store, key)  # refuse another build before the teacher is asked
     if plan.calibration is None:
         return CalibrationRecord(key=key, payloads=plan.with_chunks(()), fidelity=(), files=())
-    teacher = require_open(
-        load_teacher(plan.config.teacher, plan.teacher), plan.config.teacher.backend, "calibration"
-    )
-    found = run_calibration(plan.calibration, premasked, teacher, on_slice=on_slice)
-    return publish_record(store, plan, found)
+    with one_for_all(store, TURNS, lambda: store.exists(RECORD)) as is_mine:
+        if not is_mine:
+            return _read(store, key)
+        teacher = require_open(
+            load_teacher(plan.config.teacher, plan.teacher),
+            plan.config.teacher.backend,
+            "calibration",
+        )
+        found = run_calibration(plan.calibration, premasked, teacher, on_slice=on_slice)
+        return publish_record(store, plan, found)
 
 
 def publish_record(store: Store, plan: BuildPlan, found: Calibration) -> CalibrationRecord:

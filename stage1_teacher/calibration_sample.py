@@ -9,6 +9,7 @@ Shapes: P positions, D hidden size, V shared vocabulary.
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from stage1_teacher.hidden_fit import Head
 from stage1_teacher.questions import ask, ask_student, checked_rows, entry_order
-from stage1_teacher.teachers.base import NonFiniteLogitsError, OpenTeacher
+from stage1_teacher.teachers.base import DROP_HINT, NonFiniteLogitsError, OpenTeacher
 from tide_cache.alignment import payload_positions
 from tide_cache.cache import Cache
 from tide_cache.rows import PremaskedRow, table_to_rows
@@ -86,32 +87,45 @@ def read_rows(premasked: Cache, chosen: ChosenRows) -> list[PremaskedRow]:
 
 
 def sample_teacher(
-    teacher: OpenTeacher, rows: Sequence[PremaskedRow], *, comp_demo: bool
-) -> Sample:
-    """Ask the teacher about rows as a build does; answers in the order of payload entries."""
+    teacher: OpenTeacher,
+    rows: Sequence[PremaskedRow],
+    *,
+    comp_demo: bool,
+    bad_samples: Literal["fail", "drop"] = "fail",
+) -> tuple[Sample, list[PremaskedRow]]:
+    """Ask the teacher about rows as a build does; answers in the order of payload entries.
+
+    Returns them with the rows that they are for: without those of which the teacher makes NaN or
+    infinity, where these are dropped. Raises NonFiniteLogitsError where they are not.
+    """
     questions = [ask([row], comp_demo=comp_demo) for row in rows]
     answers = teacher.hidden_states([question.request for question in questions])
-    hidden, labels, counts = [], [], []
-    for question, streams in zip(questions, answers, strict=True):
+    hidden, labels, counts, kept = [], [], [], []
+    for row, question, streams in zip(rows, questions, answers, strict=True):
         order_P = entry_order([entry_P for _, entry_P in question.slots])
         request = question.request
         ids = [request.clean_ids_L[stream.wanted_P] for stream in request.streams]
         if streams:
             hidden_PD = torch.cat(list(streams))
             if not bool(torch.isfinite(hidden_PD).all()):
+                if bad_samples == "drop":
+                    continue
                 raise NonFiniteLogitsError(
-                    f"{request.name}: the teacher's hidden states hold NaN or infinity"
+                    f"{request.name}: the teacher's hidden states hold NaN or infinity",
+                    hint=DROP_HINT,
                 )
             hidden.append(hidden_PD[torch.from_numpy(order_P)])
             labels.append(np.concatenate(ids)[order_P])
         counts.append(len(order_P))
-    return Sample(
+        kept.append(row)
+    sample = Sample(
         hidden_PD=torch.cat(hidden) if hidden else torch.empty((0, teacher.hidden_size)),
         labels_P=torch.from_numpy(
             np.concatenate([np.empty(0, np.int64), *labels]).astype(np.int64)
         ),
         num_positions_B=np.asarray(counts, dtype=np.int64),
     )
+    return sample, kept
 
 
 def sample_student(student: OpenTeacher, rows: Sequence[PremaskedRow]) -> Tensor:

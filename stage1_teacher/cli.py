@@ -6,7 +6,7 @@ Results go to stdout (`--json` for programs), progress to stderr.
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -103,6 +103,24 @@ def build(
         int | None,
         typer.Option(min=1, help="Processes; default: one per GPU, or per processor without one."),
     ] = None,
+    executor: Annotated[
+        Literal["local", "ray"],
+        typer.Option(help="local: processes of this machine; ray: actors of a Ray cluster."),
+    ] = "local",
+    ray_address: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Ray cluster to join; default: one of its own."),
+    ] = None,
+    shard_range: Annotated[
+        str | None,
+        typer.Option(
+            metavar="i/N", help="Build only share i (from 0) of N: Slurm arrays, torchrun."
+        ),
+    ] = None,
+    events: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Event log; default: DIR.events.jsonl if DIR is local."),
+    ] = None,
     overrides: Overrides = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, say what would be made, stop.")
@@ -111,8 +129,8 @@ def build(
 ) -> None:
     """Run the teacher over a premasked set, once, and write its answers as a cache.
 
-    Safe to kill and to run again: finished tasks are kept. The bytes do not depend on the number
-    of workers.
+    Safe to kill and to run again: finished tasks are kept. Any number of builds may fill one
+    folder. The bytes depend neither on the workers nor on the executor.
 
     [bold]Examples[/bold]
 
@@ -120,12 +138,18 @@ def build(
 
     tide-cache build build.yaml -p runs/premasked -o runs/cache --set candidates.k=32
 
+    tide-cache build build.yaml -p s3://lab/premasked -o s3://lab/cache --executor ray
+
+    tide-cache build build.yaml -p runs/premasked -o runs/cache --shard-range 3/8
+
     tide-cache build build.yaml -p runs/premasked --dry-run --json
     """
     # Imported here: these bring torch and transformers, for which no other command should wait.
     from stage1_teacher import build_report
-    from stage1_teacher.build import run_build
+    from stage1_teacher.build import run_share
+    from stage1_teacher.build_options import default_event_log, open_executor, parse_shard_range
     from stage1_teacher.build_plan import BuildConfig, make_plan
+    from stage1_teacher.events import EventLog
     from stage1_teacher.progress import RowProgress
     from tide_cache.cache import open_cache
 
@@ -133,7 +157,9 @@ def build(
     if output is None and not dry_run:
         raise ConfigError("build: expected -o DIR, where the cache goes", hint="or --dry-run")
     source = open_cache(premasked)
-    plan = make_plan(config, source, output or "")
+    share = parse_shard_range(shard_range or "0/1")
+    runner, device = open_executor(executor, config.teacher, workers, ray_address)
+    plan = make_plan(config, source, output or "", device=device)
     if dry_run:
         counts = source.manifest.counts
         if json_output:
@@ -142,19 +168,41 @@ def build(
             _print_lines(build_report.dry_run_lines(plan, counts))
         return
     num_tasks = {"made": 0, "kept": 0}
-    num_rows = sum(shard.num_rows for shard in source.manifest.shards)
+    mine = set(share.of(plan.tasks))
+    num_rows = sum(shard.num_rows for shard in source.manifest.shards if shard.task in mine)
     with RowProgress("build", num_rows) as progress:
 
         def on_task(record: TaskRecord, was_done: bool) -> None:
             num_tasks["kept" if was_done else "made"] += 1
-            progress.advance(record.counts.get("num_rows", 0), was_done=was_done)
+            counts = record.counts
+            progress.advance(
+                counts.get("num_rows", 0),
+                num_dropped=sum(record.dropped.values()),
+                num_positions=counts.get("num_masked_positions", 0),
+                size_bytes=record.size_bytes,
+                was_done=was_done,
+            )
 
-        manifest = run_build(
+        def on_event(event: str, facts: dict[str, Any]) -> None:
+            if event == "task_set_aside":
+                progress.fail()
+
+        manifest = run_share(
             plan,
+            share,
             num_workers=workers,
+            executor=runner,
             on_task=on_task,
             on_calibration=progress.preparing("calibrate"),
+            log=EventLog(events or default_event_log(plan.output_url), on_event),
         )
+    if manifest is None:
+        facts = build_report.share_facts(plan.output_url, share, num_tasks=num_tasks)
+        if json_output:
+            _print_json(facts)
+        else:
+            _print_lines(build_report.share_lines(facts))
+        return
     if json_output:
         _print_json(build_report.as_json(manifest, plan.output_url, num_tasks=num_tasks))
     else:

@@ -114,6 +114,11 @@ class BuildConfig(StrictModel):
     comp_demo: bool = Field(
         True, description="Two passes, each revealing the other half (CompDemo); false: one pass."
     )
+    bad_samples: Literal["fail", "drop"] = Field(
+        "fail",
+        description="Samples for which the teacher gives NaN or infinity. fail: their task is set "
+        "aside and named, the others are built; drop: left out, counted in the manifest.",
+    )
     samples_per_batch: int = Field(
         128, ge=1, description="Samples scored at a time within a task; bounds memory."
     )

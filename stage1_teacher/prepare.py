@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from stage1_teacher.encode import Encoder, Side, load_sides
-from stage1_teacher.executors.local import LocalExecutor, Worker, default_num_workers
+from stage1_teacher.events import NO_EVENTS
+from stage1_teacher.executors.base import PlainWorker, Worker
+from stage1_teacher.executors.local import LocalExecutor, default_num_workers
 from stage1_teacher.outside_rows import index_rows
 from stage1_teacher.premask import alignment_kind
 from stage1_teacher.prepare_config import PrepareConfig
@@ -28,9 +30,10 @@ from tide_cache.manifest import Header, Manifest, NoisingFacts
 from tide_cache.rows import PremaskedRow, rows_to_table
 from tide_cache.shards import shard_bytes
 from tide_cache.store import Store
-from tide_cache.writer import STATE, SetWriter, TaskRecord
+from tide_cache.writer import STATE, SetWriter, TaskRecord, Total
 
 logger = logging.getLogger(__name__)
+_PRELOAD = ("transformers", "datasets", "stage1_teacher.prepare")
 _PACKAGES = ("numpy", "pyarrow", "transformers", "tokenizers", "datasets")
 OnTask = Callable[[TaskRecord, int, bool], None]
 
@@ -112,7 +115,8 @@ def run_prepare(
     StorageError when a disk is full.
     """
     writer = SetWriter(Store(output_url), plan.header)
-    complete = writer.begin()
+    num_rows = len(plan.rows) * plan.header.num_views
+    complete = writer.begin(Total(num_tasks=plan.num_tasks, num_rows=num_rows))
     if complete is not None:
         logger.info("%s is complete already", output_url)
         return complete
@@ -130,8 +134,11 @@ def run_prepare(
     maker = _WorkerMaker(
         plan=plan, output_url=output_url, encoder=encoder if workers == 1 else None
     )
-    executor: LocalExecutor[TaskRecord] = LocalExecutor(maker, workers)
-    executor.run([task for task in tasks if task not in records], finished)
+    executor = LocalExecutor(workers, preload=_PRELOAD)
+    missing = [task for task in tasks if task not in records]
+    failed = executor.run(maker, missing, finished, NO_EVENTS)
+    if failed:
+        raise failed[min(failed)]
     if not any(record.shards for record in records.values()):
         # Nothing was written that another config could not write: leave the folder free for it.
         writer.store.remove(STATE)
@@ -196,7 +203,7 @@ class _WorkerMaker:
                 dropped=dropped,
             )
 
-        return work
+        return PlainWorker(work)
 
 
 def _plan_input(config: PrepareConfig) -> PlannedRows:

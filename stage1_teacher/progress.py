@@ -25,6 +25,7 @@ class RowProgress:
         self._title = title
         self._num_rows = num_rows
         self._num_done = self._num_skipped = self._num_dropped = 0
+        self._num_positions = self._size_bytes = self._num_failed = 0
         self._begun_s = self._last_line_s = time.monotonic()
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -52,12 +53,30 @@ class RowProgress:
         if kind is None and self._num_done:
             self._line()
 
-    def advance(self, num_rows: int, *, num_dropped: int = 0, was_done: bool = False) -> None:
-        """Count rows as done."""
+    def advance(
+        self,
+        num_rows: int,
+        *,
+        num_dropped: int = 0,
+        num_positions: int = 0,
+        size_bytes: int = 0,
+        was_done: bool = False,
+    ) -> None:
+        """Count rows as done, with the masked positions in them and the bytes that they made."""
         self._num_done += num_rows
         self._num_skipped += num_rows if was_done else 0
         self._num_dropped += num_dropped
-        self._bar.update(self._task, advance=num_rows, detail=self._detail())
+        self._num_positions += 0 if was_done else num_positions
+        self._size_bytes += size_bytes
+        self._show()
+
+    def fail(self) -> None:
+        """Count a task as failed."""
+        self._num_failed += 1
+        self._show()
+
+    def _show(self) -> None:
+        self._bar.update(self._task, completed=self._num_done, detail=self._detail())
         if not self._console.is_terminal:
             now_s = time.monotonic()
             if now_s - self._last_line_s >= _SECONDS_BETWEEN_LINES:
@@ -80,12 +99,21 @@ class RowProgress:
 
         return show
 
+    def _per_s(self, count: int) -> float:
+        return count / max(time.monotonic() - self._begun_s, 1e-6)
+
     def _rows_per_s(self) -> float:
-        elapsed_s = max(time.monotonic() - self._begun_s, 1e-6)
-        return (self._num_done - self._num_skipped) / elapsed_s
+        return self._per_s(self._num_done - self._num_skipped)
 
     def _detail(self) -> str:
-        parts = [f"{self._rows_per_s():,.0f} rows/s", f"{self._num_dropped:,} dropped"]
+        parts = [f"{self._rows_per_s():,.0f} rows/s"]
+        if self._num_positions:
+            parts.append(f"{self._per_s(self._num_positions):,.0f} positions/s")
+        if self._size_bytes:
+            parts.append(f"{self._size_bytes / 1e9:,.3f} GB")
+        parts.append(f"{self._num_dropped:,} dropped")
+        if self._num_failed:
+            parts.append(f"{self._num_failed} tasks failed")
         if self._num_skipped:
             parts.append(f"{self._num_skipped:,} from an earlier run")
         return ", ".join(parts)

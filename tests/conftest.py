@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.build_grounds import BuildGround, write_build_ground
 from tests.support import find_golden, find_shared
 
 # No test may reach a hub; forked tokenizers must not warn or dead-lock.
@@ -26,3 +27,8 @@ def golden_dir() -> Path:
     if folder is None:
         pytest.skip("no golden vectors: set TIDE_GOLDEN to a folder with index.json")
     return folder
+
+
+@pytest.fixture(scope="session")
+def build_ground(tmp_path_factory: pytest.TempPathFactory) -> BuildGround:
+    return write_build_ground(tmp_path_factory.mktemp("build_ground"))

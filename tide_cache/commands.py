@@ -1,4 +1,4 @@
-"""The ground floor's commands: verify and inspect. They read; they never write."""
+"""The ground floor's commands: verify, inspect, status. They read; they never write."""
 
 import json
 import sys
@@ -13,6 +13,8 @@ from rich.text import Text
 from tide_cache.cli import show_error
 from tide_cache.errors import TideError
 from tide_cache.inspect import lines, summary
+from tide_cache.status import lines as status_lines
+from tide_cache.status import status as find_status
 from tide_cache.store import Store
 from tide_cache.verify import Report, verify_set
 from tide_cache.writer import read_manifest
@@ -61,6 +63,27 @@ def inspect(url: Url, json_output: Json = False) -> None:
         return
     table = Table(title=url, show_header=False, title_justify="left", box=None)
     for label, text in lines(facts):
+        table.add_row(Text(label, style="bold"), Text(text))
+    Console().print(table)
+
+
+def status(url: Url, json_output: Json = False) -> None:
+    """Show how far a set under way is: tasks, rows, speed, what was dropped or has failed.
+
+    Reads the folder alone, so it works from anywhere and disturbs nobody.
+
+    [bold]Examples[/bold]
+
+    tide-cache status runs/cache
+
+    tide-cache status s3://lab/cache --json | jq .num_rows_done
+    """
+    facts = find_status(Store(url))
+    if json_output:
+        sys.stdout.write(json.dumps(facts, indent=2) + "\n")
+        return
+    table = Table(title=url, show_header=False, title_justify="left", box=None)
+    for label, text in status_lines(facts):
         table.add_row(Text(label, style="bold"), Text(text))
     Console().print(table)
 

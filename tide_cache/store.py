@@ -11,6 +11,8 @@ import logging
 import os
 import posixpath
 import uuid
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -29,7 +31,8 @@ class Store:
 
     def __init__(self, url: str | Path) -> None:
         self.url = str(url).rstrip("/") or "/"
-        self._fs, self._root = fsspec.core.url_to_fs(self.url)
+        # A listing that is remembered does not show what other writers publish.
+        self._fs, self._root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
         self.is_local = isinstance(self._fs, LocalFileSystem)
 
     def __repr__(self) -> str:
@@ -61,6 +64,14 @@ class Store:
         found = self._fs.find(self.path(relative))
         return sorted(posixpath.relpath(path, self._root) for path in found)
 
+    def modified(self, relative: str = "") -> list[datetime]:
+        """Return when each file below `relative` was last written, as the store says."""
+        if not self.exists(relative):
+            return []
+        self._fs.invalidate_cache()
+        found = self._fs.find(self.path(relative), detail=True)
+        return [time for facts in found.values() if (time := _modified(facts)) is not None]
+
     def open(self, relative: str) -> BinaryIO:
         """Open a file for reading. Raises StorageError when it is missing."""
         try:
@@ -74,6 +85,18 @@ class Store:
         """Read a whole file. Raises StorageError when it is missing or unreadable."""
         with self.open(relative) as file:
             return file.read()
+
+    def read_many(self, relatives: Sequence[str]) -> list[bytes]:
+        """Read small files whole, together where the store can; what vanishes is left out."""
+        if not relatives:
+            return []
+        paths = [self.path(relative) for relative in relatives]
+        try:
+            found = self._fs.cat(paths, on_error="omit")
+        except OSError as error:
+            raise StorageError(f"{self.url}: cannot read: {error}") from error
+        # One path is answered by its bytes alone.
+        return [found] if isinstance(found, bytes) else [found[path] for path in sorted(found)]
 
     def sha256(self, relative: str) -> str:
         """Return the hex sha256 of a file, read as a stream."""
@@ -109,6 +132,17 @@ class Store:
         return StorageError(f"{self.url}/{relative}: no such file")
 
 
+def _modified(facts: dict[str, Any]) -> datetime | None:
+    """Read the time of a listing: seconds on local disks, a datetime in buckets."""
+    for name in ("mtime", "LastModified", "last_modified", "updated", "created"):
+        value = facts.get(name)
+        if isinstance(value, datetime):
+            return value.astimezone(UTC)
+        if isinstance(value, int | float):
+            return datetime.fromtimestamp(value, UTC)
+    return None
+
+
 def _publish_local(path: Path, data: bytes) -> bool:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
@@ -121,6 +155,11 @@ def _publish_local(path: Path, data: bytes) -> bool:
             _link(temporary, path)
         except FileExistsError:
             return False
+        except FileNotFoundError:
+            # The writer that finished the set has swept this file: its own stands there.
+            if path.exists():
+                return False
+            raise
         _sync_folder(path.parent)
         return True
     finally:

@@ -1,9 +1,10 @@
 """Writing a premasked set or a cache task by task, safe to kill at any moment and to run again.
 
-State on disk is all there is: `_build/header.json` (what is being made), one record per finished
-task in `_build/tasks/`, and the shards. Every file is published by create-if-absent, a task's
-record after its shards, the manifest after all records; then `_build` goes away. Writers share
-nothing else, so any number of processes may work on one folder.
+State on disk is all there is: `_build/header.json` (what is being made), `_build/total.json` (how
+much that is), one record per finished task in `_build/tasks/`, and the shards. Every file is
+published by create-if-absent, a task's record after its shards, the manifest after all records;
+then `_build` goes away. Writers share nothing else, no clock either, so any number of processes on
+any number of machines may work on one folder, the same task at the same time included.
 """
 
 import json
@@ -39,15 +40,38 @@ from tide_cache.store import TEMPORARY_SUFFIX, Store
 logger = logging.getLogger(__name__)
 STATE = "_build"
 HEADER = f"{STATE}/header.json"
+TOTAL = f"{STATE}/total.json"
+TASKS = f"{STATE}/tasks"
+SET_ASIDE = f"{STATE}/set-aside"
 
 
 class TaskRecord(StrictModel):
-    """What one finished task put into the set."""
+    """What one finished task put into the set; `notes`: what a person should know of it."""
 
     task: int = Field(ge=0)
     shards: tuple[ShardFacts, ...]
     counts: dict[str, Count]
     dropped: dict[str, Count]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def size_bytes(self) -> int:
+        """The size of its shards."""
+        return sum(shard.size_bytes for shard in self.shards)
+
+
+class Total(StrictModel):
+    """How much is to be done, for whoever watches from elsewhere."""
+
+    num_tasks: Count
+    num_rows: Count
+
+
+class SetAside(StrictModel):
+    """A task that failed, and why."""
+
+    task: int = Field(ge=0)
+    error: str
 
 
 class SetWriter:
@@ -56,11 +80,13 @@ class SetWriter:
     def __init__(self, store: Store, header: Header) -> None:
         self.store = store
         self.header = header
+        self.is_first = False
 
-    def begin(self) -> Manifest | None:
+    def begin(self, total: Total | None = None) -> Manifest | None:
         """Claim the folder for this header. Returns the manifest when the set is complete already.
 
-        Raises CompatibilityError, naming the differing keys, when the folder holds another set.
+        `total` is for those who watch; `is_first` says afterwards whether nobody had begun. Raises
+        CompatibilityError, naming the differing keys, when the folder holds another set.
         """
         if self.store.exists(MANIFEST):
             manifest = read_manifest(self.store)
@@ -71,20 +97,30 @@ class SetWriter:
             # What is finished stays finished when the program gets another version.
             accepted = {"format_version": self.header.format_version, **self._provenance()}
             require_same(self.store, mine=mine, present={**present, **accepted})
+            self._sweep()  # whoever finished it may have been killed before it had cleaned up
             return manifest
         mine = self.header.model_dump(mode="json")
-        if not self.store.publish(HEADER, canonical_json(mine)):
+        self.is_first = self.store.publish(HEADER, canonical_json(mine))
+        if not self.is_first:
             require_same(self.store, mine=mine, present=json.loads(self.store.read_bytes(HEADER)))
+        if total is not None:
+            self.store.publish(TOTAL, canonical_json(total.model_dump(mode="json")))
         return None
 
     def finished_tasks(self) -> dict[int, TaskRecord]:
         """Return the records of the tasks that are done, by task number."""
-        records = {}
-        for path in self.store.list_files(f"{STATE}/tasks"):
-            if path.endswith(".json"):
-                record = TaskRecord.model_validate_json(self.store.read_bytes(path))
-                records[record.task] = record
-        return records
+        return read_records(self.store)
+
+    def record_of(self, task: int) -> TaskRecord | None:
+        """Return the record of a task that any writer has finished, also of a set that is done."""
+        path = _record_path(task)
+        if self.store.exists(path):
+            return TaskRecord.model_validate_json(self.store.read_bytes(path))
+        if not self.store.exists(MANIFEST):
+            return None
+        shards = tuple(s for s in read_manifest(self.store).shards if s.task == task)
+        num_rows = sum(shard.num_rows for shard in shards)
+        return TaskRecord(task=task, shards=shards, counts={"num_rows": num_rows}, dropped={})
 
     def publish_task(
         self,
@@ -93,28 +129,52 @@ class SetWriter:
         *,
         counts: Mapping[str, int],
         dropped: Mapping[str, int],
+        notes: Sequence[str] = (),
     ) -> TaskRecord:
         """Publish the shards of a task, one table per view, then its record.
 
-        A task whose rows were all dropped has a record without shards.
+        A task whose rows were all dropped has a record without shards. Raises StorageError when the
+        folder is no longer the one that was begun.
         """
+        self._require_begun()
         shards = []
         for view, table in enumerate(tables_V):
             if table.num_rows:
                 shards.append(self._publish_shard(task, view, table))
         record = TaskRecord(
-            task=task, shards=tuple(shards), counts=dict(counts), dropped=dict(dropped)
+            task=task,
+            shards=tuple(shards),
+            counts=dict(counts),
+            dropped=dict(dropped),
+            notes=tuple(notes),
         )
         data = canonical_json(record.model_dump(mode="json"))
-        self.store.publish(f"{STATE}/tasks/{task:05d}.json", data)
+        self.store.publish(_record_path(task), data)
+        if self.store.exists(MANIFEST):
+            self._sweep()  # another writer has finished the set in between
         return record
+
+    def set_aside(self, task: int, error: str) -> None:
+        """Note that a task failed, for those who watch; trying it again removes the note."""
+        path = f"{SET_ASIDE}/{task:05d}.json"
+        values = SetAside(task=task, error=error).model_dump(mode="json")
+        self.store.remove(path)
+        self.store.publish(path, canonical_json(values))
+
+    def forget_set_aside(self) -> None:
+        """Remove the notes of failed tasks: they are tried again."""
+        self.store.remove(SET_ASIDE)
 
     def finish(self, tasks: Sequence[int], *, codec_files: Sequence[str] = ()) -> Manifest:
         """Publish card and manifest from the records of `tasks`, in order, and remove the state.
 
-        Raises StorageError when a record or a shard is missing.
+        Another writer may do the same at the same time, or have done it. Raises StorageError when a
+        record or a shard is missing.
         """
         records = self.finished_tasks()
+        if self.store.exists(MANIFEST):
+            self._sweep()
+            return read_manifest(self.store)
         missing = [task for task in tasks if task not in records]
         if missing:
             raise StorageError(
@@ -128,6 +188,15 @@ class SetWriter:
         self.store.publish(MANIFEST, manifest_bytes(manifest))
         self._sweep()
         return read_manifest(self.store)
+
+    def _require_begun(self) -> None:
+        """Refuse to write where the header has gone: into the empty folder below a lost mount."""
+        if not (self.store.exists(HEADER) or self.store.exists(MANIFEST)):
+            raise StorageError(
+                f"{self.store.url}: {HEADER} has gone since this command began",
+                hint="was the folder removed, or a mount lost? Restore it and run the same command "
+                "again",
+            )
 
     def _publish_shard(self, task: int, view: int, table: pa.Table) -> ShardFacts:
         path = shard_path(task, view)
@@ -183,14 +252,14 @@ class SetWriter:
                 raise StorageError(
                     f"{self.store.url}/{shard.path}: expected {shard.size_bytes} bytes, got "
                     f"{size_bytes}",
-                    hint=f"remove it and {STATE}/tasks/{shard.task:05d}.json, then run the same "
+                    hint=f"remove it and {_record_path(shard.task)}, then run the same "
                     "command again",
                 )
 
     def _sweep(self) -> None:
         """Remove build state and the temporary files that killed writers left."""
         self.store.remove(STATE)
-        files = self.store.list_files("data") + self.store.list_files("codec")
+        files = self.store.list_files()
         leftovers = [path for path in files if path.endswith(TEMPORARY_SUFFIX)]
         for path in leftovers:
             self.store.remove(path)
@@ -200,6 +269,17 @@ class SetWriter:
     def _provenance(self) -> dict[str, Any]:
         mine = self.header.model_dump(mode="json")
         return {name: value for name, value in mine.items() if name.endswith("provenance")}
+
+
+def read_records(store: Store) -> dict[int, TaskRecord]:
+    """Return the records of finished tasks, by task number."""
+    paths = [path for path in store.list_files(TASKS) if path.endswith(".json")]
+    found = [TaskRecord.model_validate_json(data) for data in store.read_many(paths)]
+    return {record.task: record for record in found}
+
+
+def _record_path(task: int) -> str:
+    return f"{TASKS}/{task:05d}.json"
 
 
 def require_same(store: Store, *, mine: dict[str, Any], present: dict[str, Any]) -> None:

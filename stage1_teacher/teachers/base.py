@@ -232,6 +232,9 @@ class Scores:
         return cls(**joined)
 
 
+DROP_HINT = "set bad_samples: drop to leave such samples out, counted in the manifest"
+
+
 class NonFiniteLogitsError(DataError):
     """A NaN or an infinity among the teacher's logits, and where it stood.
 

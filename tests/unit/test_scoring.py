@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stage1_teacher.scoring import reduce_logits, rows_per_slice, top_candidates
+from stage1_teacher.scoring import logsumexps, reduce_logits, rows_per_slice, top_candidates
 from stage1_teacher.teachers.base import NonFiniteLogitsError, Scores, ScoreSpec
 from tide_cache.errors import DataError
 
@@ -55,6 +55,24 @@ def test_scores_match_a_float64_reference(k: int, dtype: torch.dtype) -> None:
     assert scores.topk_ids_PK.dtype == np.int32
     assert scores.topk_logits_PK.dtype == np.float32
     assert scores.logsumexp_PT.dtype == scores.label_logprob_P.dtype == np.float32
+
+
+@pytest.mark.parametrize("temperatures", [(1.0, 2.0), (2.0, 1.0), (1.0,), (0.5, 5.0, 1.0), (4.0,)])
+@pytest.mark.parametrize("scale", [0.1, 3.0, 30.0, 1000.0])
+def test_sums_of_exponentials_are_exact_to_float32(
+    temperatures: tuple[float, ...], scale: float
+) -> None:
+    """Over a whole vocabulary, beside the plain way; flat rows, sharp ones, and far from zero."""
+    logits = random_logits(4, 151_936) * scale / 6
+    logits[1] += 300
+    logits[2] -= 300
+    for temperature, found in zip(temperatures, logsumexps(logits, temperatures), strict=True):
+        exact = exact_logsumexp(logits.numpy(), temperature)
+        steps = np.spacing(np.abs(exact).astype(np.float32)).astype(np.float64)
+        slack = 4 * np.maximum(steps, np.finfo(np.float32).eps)
+        assert (np.abs(found.double().numpy() - exact) <= slack).all()
+        plain = torch.logsumexp(logits / temperature, dim=-1).double().numpy()
+        assert (np.abs(plain - exact) <= slack).all(), "the plain way is no better"
 
 
 def test_no_temperatures_and_no_candidates_leave_the_label() -> None:

@@ -1,0 +1,64 @@
+"""An S3 server on loopback and the environment that points every client at it."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+_START_S = 60
+
+
+@contextmanager
+def s3_server(bucket: str, log: Path) -> Iterator[dict[str, str]]:
+    """Run a server with one empty bucket in a process of its own; yields the environment.
+
+    The environment is set in this process too. Skips where s3fs or moto is missing.
+    """
+    pytest.importorskip("s3fs", reason="needs s3fs: pip install 'tide-cache[s3]'")
+    pytest.importorskip("moto", reason="needs moto[server]")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+    }
+    before = {name: os.environ.get(name) for name in environment}
+    arguments = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with (
+        log.open("wb") as output,
+        subprocess.Popen(arguments, stderr=output, stdout=output) as process,
+    ):
+        try:
+            os.environ |= environment
+            _wait(port)
+            import s3fs
+
+            s3fs.S3FileSystem(skip_instance_cache=True).mkdir(bucket)
+            yield environment
+        finally:
+            process.kill()
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
+
+
+def _wait(port: int) -> None:
+    deadline_s = time.monotonic() + _START_S
+    while time.monotonic() < deadline_s:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return
+        except OSError:
+            time.sleep(0.05)
+    raise TimeoutError("the S3 server did not start")
