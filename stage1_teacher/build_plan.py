@@ -81,25 +81,9 @@ def make_plan(
     `device`: what `device_name` gives where the workers will run, if that is elsewhere. Hashes
     the teacher's weights; loads nothing. Raises ConfigError, CompatibilityError, DataError.
     """
-    manifest = premasked.manifest
-    if not isinstance(manifest, PremaskedManifest):
-        raise CompatibilityError(
-            f"{premasked.url}: kind: expected a premasked set, got a {manifest.kind}",
-            hint="make one with 'tide-cache prepare'",
-        )
-    if not manifest.shards:
-        raise DataError(f"{premasked.url}: the premasked set has no rows", reason="empty")
     checkpoint = open_checkpoint(config.teacher.model, config.teacher.revision)
+    manifest, calibration = check_fit(config, premasked, checkpoint)
     head_rows = int(checkpoint.config.get("vocab_size", 0))
-    wanted = config.wanted(manifest.alignment)
-    _check_embedding(head_rows, manifest)
-    calibration = None
-    if "candidates" in wanted or config.payload == "auto":
-        vocab_size = _shared_vocab_size(config.candidates, manifest, premasked.url)
-        _check_vocabulary(vocab_size, head_rows)
-        calibration = plan_calibration(config, premasked, vocab_size)
-    _check_tokenizer(checkpoint, manifest)
-    _check_block_size(config.teacher, manifest)
     teacher = identify_teacher(config.teacher, checkpoint)
     copied = {name for name in Header.model_fields if name not in ("kind", "format_version")}
     header_values = {
@@ -119,8 +103,36 @@ def make_plan(
         tasks=tuple(sorted({shard.task for shard in manifest.shards})),
         num_rows=sum(shard.num_rows for shard in manifest.shards),
         calibration=calibration,
-        has_chunks="chunks" in wanted,
+        has_chunks="chunks" in config.wanted(manifest.alignment),
     )
+
+
+def check_fit(
+    config: BuildConfig, premasked: Cache, checkpoint: Checkpoint
+) -> tuple[PremaskedManifest, CalibrationPlan | None]:
+    """Check that premasked set, teacher and payload fit together; no weights are needed.
+
+    Returns the set's manifest and what calibration will ask, None where chunks alone are kept.
+    Raises ConfigError, CompatibilityError, DataError.
+    """
+    manifest = premasked.manifest
+    if not isinstance(manifest, PremaskedManifest):
+        raise CompatibilityError(
+            f"{premasked.url}: kind: expected a premasked set, got a {manifest.kind}",
+            hint="make one with 'tide-cache prepare'",
+        )
+    if not manifest.shards:
+        raise DataError(f"{premasked.url}: the premasked set has no rows", reason="empty")
+    head_rows = int(checkpoint.config.get("vocab_size", 0))
+    _check_embedding(head_rows, manifest)
+    calibration = None
+    if "candidates" in config.wanted(manifest.alignment) or config.payload == "auto":
+        vocab_size = _shared_vocab_size(config.candidates, manifest, premasked.url)
+        _check_vocabulary(vocab_size, head_rows)
+        calibration = plan_calibration(config, premasked, vocab_size)
+    _check_tokenizer(checkpoint, manifest)
+    _check_block_size(config.teacher, manifest)
+    return manifest, calibration
 
 
 def device_name(config: TeacherConfig) -> str:

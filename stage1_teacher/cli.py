@@ -263,6 +263,67 @@ def calibrate(
         calibrate_report.print_facts(facts)
 
 
+def plan(
+    config_path: ConfigPath,
+    premasked: Annotated[
+        str, typer.Option("-p", "--premasked", metavar="DIR", help="Premasked set to plan for.")
+    ],
+    gpu: Annotated[
+        str, typer.Option(help="a100, h100, h200, b200, l40s, rtx4090 or mi300x.")
+    ] = "h100",
+    mfu: Annotated[
+        float, typer.Option(help="Share of the GPU's peak that is assumed to be reached.")
+    ] = 0.35,
+    usd_per_gpu_hour: Annotated[float | None, typer.Option(min=0, help="Price.")] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Project to so many samples; default: the set's.")
+    ] = None,
+    read: Annotated[
+        int, typer.Option(min=1, help="Samples to lay out at most; of a larger set, a part.")
+    ] = 2048,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="What 'tide-cache calibrate --json' printed: measured bytes."
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    json_output: Json = False,
+) -> None:
+    """Say what a build will cost before anything is spent: tokens, GPU-hours, gigabytes.
+
+    Needs no GPU and no weights: of the teacher, `config.json` alone is read.
+
+    [bold]Examples[/bold]
+
+    tide-cache plan examples/wedlm_to_qwen3.yaml -p runs/premasked --gpu h200
+
+    tide-cache plan build.yaml -p runs/premasked --samples 1000000 --usd-per-gpu-hour 2.5
+
+    tide-cache plan build.yaml -p runs/premasked --set teacher.passes=separate --json
+    """
+    # Imported here: these bring torch and transformers, for which no other command should wait.
+    from stage1_teacher import plan_report
+    from stage1_teacher.gpus import find_gpu
+    from stage1_teacher.payload_config import BuildConfig
+    from stage1_teacher.plan_cost import Machine, plan_cost
+    from tide_cache.cache import open_cache
+
+    machine = Machine(gpu=find_gpu(gpu), mfu=mfu, usd_per_gpu_hour=usd_per_gpu_hour)
+    cost = plan_cost(
+        load_config(config_path, BuildConfig, overrides or (), section="build"),
+        open_cache(premasked),
+        machine,
+        num_samples=samples,
+        max_samples_read=read,
+        calibration_path=calibration,
+    )
+    if json_output:
+        _print_json(plan_report.as_json(cost))
+    else:
+        _print_lines(plan_report.lines(cost))
+
+
 def _print_json(value: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
 

@@ -1,8 +1,8 @@
 """The `tide-cache` command: collects its subcommands from the entry points `tide_cache.commands`.
 
-The ground floor brings verify and inspect; stage 1 registers prepare, calibrate and build. A stage
-that cannot be imported (torch is not installed, say) leaves its command in place as a one-line
-error with the install command, so that a receiver of caches needs no torch.
+The ground floor brings verify and inspect; stage 1 registers prepare, plan, calibrate and build. A
+stage that cannot be imported (torch is not installed, say) leaves its command in place as a
+one-line error with the install command, so that a receiver of caches needs no torch.
 """
 
 import functools

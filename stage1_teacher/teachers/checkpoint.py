@@ -20,7 +20,8 @@ logger = logging.getLogger(__name__)
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 TOKENIZER_NAMES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
-_DOWNLOADED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+_DESCRIBING = ["*.json", "*.txt", "*.model", "*.jinja"]
+_DOWNLOADED = ["*.safetensors", *_DESCRIBING]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,9 +44,12 @@ class Checkpoint:
         return self.folder / "config.json"
 
 
-def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    model: str, revision: str | None = None, *, need_weights: bool = True
+) -> Checkpoint:
     """Find a checkpoint by folder or hub name and read its config.
 
+    Without `need_weights` they may be absent and are not downloaded (`weight_files` is empty).
     Raises ConfigError where there is none, FormatError where its files are broken.
     """
     folder = Path(model).expanduser()
@@ -54,7 +58,7 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
             raise ConfigError(f"revision: {model} is a folder, which has none; remove the key")
         name, commit = folder.resolve().name, None
     else:
-        folder = _download(model, revision)
+        folder = _download(model, revision, _DOWNLOADED if need_weights else _DESCRIBING)
         name, commit = model, _commit_of(folder)
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder}: expected a checkpoint, but it holds no config.json")
@@ -63,7 +67,7 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
         name=name,
         revision=commit,
         config=read_json(folder / "config.json"),
-        weight_files=find_weight_files(folder),
+        weight_files=find_weight_files(folder) if need_weights else (),
     )
 
 
@@ -178,14 +182,14 @@ def _tokenizer_mask_id(folder: Path) -> int | None:
     return added.get(mask_token)
 
 
-def _download(model: str, revision: str | None) -> Path:
+def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise ConfigError(f"model: {model} is not a folder")
     from huggingface_hub import snapshot_download
 
     try:
         folder = snapshot_download(
-            model, revision=revision, allow_patterns=_DOWNLOADED, ignore_patterns=["*/*"]
+            model, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]
         )
     except Exception as error:  # the hub client's errors share no base class
         raise ConfigError(
