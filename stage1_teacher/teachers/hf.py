@@ -28,6 +28,7 @@ from stage1_teacher.teachers.base import (
     ScoreSpec,
     TeacherConfig,
     TeacherIdentity,
+    check_requests,
 )
 from stage1_teacher.teachers.batching import PaddedBatch, pad_batch, plan_batches
 from stage1_teacher.teachers.checkpoint import find_mask_token_id, open_checkpoint
@@ -35,7 +36,7 @@ from stage1_teacher.teachers.families import find_family, resolve_layout
 from stage1_teacher.teachers.identity import identify_teacher
 from stage1_teacher.teachers.layouts import LayoutSpec, TeacherSequence, plan_sequences
 from stage1_teacher.teachers.loading import load_model
-from tide_cache.errors import CompatibilityError, ConfigError, DataError
+from tide_cache.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -184,19 +185,7 @@ class HfTeacher:
             yield start, self.logits(batch.hidden_Rd[start : start + self.rows_per_slice])
 
     def _check(self, requests: Sequence[ScoreRequest], vocab_size: int) -> None:
-        if vocab_size > self.vocab_size:
-            raise CompatibilityError(
-                f"vocab_size: {self.identity.name} has {self.vocab_size} logits, got {vocab_size}"
-            )
-        for index, request in enumerate(requests):
-            ids = request.clean_ids_L
-            if ids.min() < 0 or ids.max() >= self.vocab_size:
-                wrong = ids[(ids < 0) | (ids >= self.vocab_size)][0]
-                raise DataError(
-                    f"{_describe(index, request)}: token id {wrong} is outside the vocabulary of "
-                    f"{self.identity.name} ({self.vocab_size} ids)",
-                    hint="was the sample prepared with this teacher's tokenizer?",
-                )
+        check_requests(requests, vocab_size, teacher=self.identity.name, vocab_size=self.vocab_size)
 
 
 def load_hf_teacher(config: TeacherConfig, identity: TeacherIdentity | None = None) -> HfTeacher:
@@ -271,15 +260,8 @@ def _traced(start: int, spans: Sequence[Span], requests: Sequence[ScoreRequest])
         row = start + error.row
         span = next(span for span in spans if span.start <= row < span.stop)
         request = requests[span.request_index]
-        position = request.streams[span.stream_index].wanted_P[row - span.start]
-        named = NonFiniteLogitsError(
-            f"{_describe(span.request_index, request)}, stream {span.stream_index}, position "
-            f"{position}: the teacher's logits hold NaN or infinity"
+        named = NonFiniteLogitsError.at(
+            span.request_index, request, span.stream_index, row - span.start
         )
         named.row = row
-        named.request_index, named.stream_index = span.request_index, span.stream_index
         raise named from error
-
-
-def _describe(index: int, request: ScoreRequest) -> str:
-    return f"request {index} ({request.name})" if request.name else f"request {index}"
