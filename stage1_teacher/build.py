@@ -135,8 +135,9 @@ def _one_thread(config: TeacherConfig) -> Iterator[None]:
 def default_num_build_workers(config: TeacherConfig) -> int:
     """Return one worker per GPU that may be used, or one per processor without a GPU."""
     if config.device == "cpu" or not torch.cuda.is_available():
-        return max(1, default_num_workers() // _CPU_THREADS)
-    spread = config.device != "auto" or config.device_map is not None
+        # A vLLM engine takes all processors itself.
+        return 1 if config.backend == "vllm" else max(1, default_num_workers() // _CPU_THREADS)
+    spread = config.device != "auto" or config.spans_devices
     return 1 if spread else torch.cuda.device_count()
 
 
@@ -149,7 +150,7 @@ class _WorkerMaker:
     def __call__(self, slot: int) -> "BuildWorker":
         plan = self.job.plan
         config = plan.config.teacher
-        if config.device == "auto" and config.device_map is None and torch.cuda.is_available():
+        if config.device == "auto" and not config.spans_devices and torch.cuda.is_available():
             config = config.model_copy(
                 update={"device": f"cuda:{slot % torch.cuda.device_count()}"}
             )

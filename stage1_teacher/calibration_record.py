@@ -6,17 +6,24 @@ same build) takes what is there, so all shards are encoded alike. Claim and reco
 teacher, set and config: what another build left half done is refused, never taken for one's own.
 """
 
+import gc
 import json
 import logging
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 
 from stage1_teacher.build_plan import BuildPlan
-from stage1_teacher.calibrate import Calibration, require_open, run_calibration
+from stage1_teacher.calibrate import (
+    Calibration,
+    CalibrationPlan,
+    require_open,
+    run_calibration,
+)
 from stage1_teacher.measure import Progress
 from stage1_teacher.settings import codec_files
-from stage1_teacher.teachers import load_teacher
+from stage1_teacher.teachers import load_open_teacher
 from tide_cache.cache import Cache
 from tide_cache.canonical import canonical_json, sha256_hex
 from tide_cache.codec_files import read_tensors
@@ -61,10 +68,24 @@ def ensure_record(
         _claim(store, key)  # refuse another build before the teacher is asked
     if plan.calibration is None:
         return CalibrationRecord(key=key, payloads=plan.with_chunks(()), fidelity=(), files=())
-    teacher = require_open(
-        load_teacher(plan.config.teacher, plan.teacher), plan.config.teacher.backend, "calibration"
-    )
-    found = run_calibration(plan.calibration, premasked, teacher, on_slice=on_slice)
+    record = _calibrate(plan, plan.calibration, premasked, store, on_slice)
+    if plan.config.teacher.backend != "hf":
+        # The engine measures what is free: hand back the memory of the copy that was calibrated.
+        gc.collect()
+        torch.cuda.empty_cache()
+    return record
+
+
+def _calibrate(
+    plan: BuildPlan,
+    calibration: CalibrationPlan,
+    premasked: Cache,
+    store: Store,
+    on_slice: Progress | None,
+) -> CalibrationRecord:
+    config = plan.config.teacher
+    teacher = require_open(load_open_teacher(config, plan.teacher), config.backend, "calibration")
+    found = run_calibration(calibration, premasked, teacher, on_slice=on_slice)
     return publish_record(store, plan, found)
 
 
