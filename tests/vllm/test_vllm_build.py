@@ -1,6 +1,8 @@
 """`tide-cache build` through vLLM: the cache that transformers makes."""
 
 import json
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +10,9 @@ import numpy as np
 import pytest
 import yaml
 
-from tests.builders import run_command, write_yaml
+from tests.builders import command, command_environment, run_command, write_yaml
 from tests.pipelines import write_pipeline
+from tests.support import PROJECT_ROOT
 from tests.teacher_checkpoints import make_model
 from tide_cache.cache import Cache, open_cache
 from tide_cache.manifest import CacheManifest
@@ -18,6 +21,7 @@ from tide_cache.payloads.candidates import Candidates
 from tide_cache.rows import table_to_rows
 
 pytest.importorskip("vllm", reason="vllm is not installed: run 'make test-vllm'")
+psutil = pytest.importorskip("psutil")  # vLLM needs it
 
 BUILD: dict[str, Any] = {
     "payloads": ["candidates"],
@@ -30,7 +34,7 @@ def succeed(*arguments: str | Path) -> str:
     # The engine in processes of its own, whatever the tests beside this one set.
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
-    done = run_command(*arguments)
+    done = run_command(*arguments, timeout_s=900)
     monkeypatch.undo()
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -54,11 +58,56 @@ def stored(cache: Cache, view: int) -> Candidates:
     return codec.decode(table, np.array([num_entries(row, manifest.alignment) for row in rows]))
 
 
-def test_the_cache_is_that_of_transformers(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a teacher, a premasked set and a config."""
+    folder = tmp_path_factory.mktemp("build")
     model = make_model("qwen3", vocab_size=448, max_position_embeddings=512, head_dim=32)
-    config = write_pipeline(tmp_path, model, num_rows=24, prepare={}, build=BUILD)
-    premasked = tmp_path / "premasked"
-    succeed("prepare", config, "-o", premasked, "--workers", "1")
+    config = write_pipeline(folder, model, num_rows=24, prepare={}, build=BUILD)
+    succeed("prepare", config, "-o", folder / "premasked", "--workers", "1")
+    return folder
+
+
+def test_an_engine_does_not_outlive_a_killed_build(ground: Path, tmp_path: Path) -> None:
+    config = with_vllm(ground / "pipeline.yaml")
+    arguments = ("build", config, "-p", ground / "premasked", "-o", tmp_path / "cache")
+    environment = command_environment()
+    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+    with subprocess.Popen(
+        command(*arguments, "--workers", "1"),
+        cwd=PROJECT_ROOT,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as build:
+        children = wait_for_engine(psutil.Process(build.pid))
+        build.kill()
+        _, alive = psutil.wait_procs(children, timeout=120)
+    for process in alive:
+        process.kill()
+    assert alive == []
+
+
+def wait_for_engine(build: Any, timeout_s: float = 600) -> list[Any]:
+    """All processes below a build, once its engine has a worker."""
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        children = build.children(recursive=True)
+        if any("VLLM::Worker" in " ".join(cmdline_of(child)) for child in children):
+            return list(children)
+        time.sleep(0.2)
+    raise AssertionError("no engine within the time")
+
+
+def cmdline_of(process: Any) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
+
+
+def test_the_cache_is_that_of_transformers(ground: Path, tmp_path: Path) -> None:
+    config, premasked = ground / "pipeline.yaml", ground / "premasked"
     caches = []
     for name, path in (("hf", config), ("vllm", with_vllm(config))):
         output = tmp_path / name

@@ -30,6 +30,8 @@ from tide_cache.errors import CompatibilityError, DataError
 from tide_cache.payloads.hidden import WIDE_MAX, Transform
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+# Two workers on one memory node would not be bound to processors, and so refused.
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 pytest.importorskip("vllm", reason="vllm is not installed: run 'make test-vllm'")
 
 from vllm.distributed import cleanup_dist_env_and_memory
