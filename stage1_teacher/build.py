@@ -184,6 +184,7 @@ def _record(plan: BuildPlan, on_slice: Progress | None) -> CalibrationRecord:
 def default_num_build_workers(config: TeacherConfig) -> int:
     """Return one worker per GPU that may be used, or one per processor without a GPU."""
     if config.device == "cpu" or not torch.cuda.is_available():
-        return default_num_workers()
-    spread = config.device != "auto" or config.device_map is not None
+        # A vLLM engine takes all processors itself.
+        return 1 if config.backend == "vllm" else default_num_workers()
+    spread = config.device != "auto" or config.spans_devices
     return 1 if spread else torch.cuda.device_count()

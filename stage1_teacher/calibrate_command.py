@@ -20,6 +20,7 @@ from stage1_teacher.calibrate import (
 from stage1_teacher.measure import Progress
 from stage1_teacher.payload_config import BuildConfig
 from stage1_teacher.settings import Setting
+from stage1_teacher.teachers import open_config
 from tide_cache.cache import Cache
 from tide_cache.errors import CompatibilityError
 from tide_cache.manifest import CacheManifest, identity
@@ -28,8 +29,10 @@ from tide_cache.manifest import CacheManifest, identity
 def plan_of(config: BuildConfig, premasked: Cache) -> CalibrationPlan:
     """Check that set, teacher and config fit together, and plan. Raises as `make_plan` does.
 
-    A payload of chunks alone is refused: it is exact.
+    A payload of chunks alone is refused: it is exact. Whatever the build's backend is, transformers
+    is asked.
     """
+    config = config.model_copy(update={"teacher": open_config(config.teacher)})
     plan = make_plan(config, premasked, "")
     if plan.calibration is None:
         raise CompatibilityError(

@@ -7,17 +7,24 @@ one of them calibrate. Claim and record say for which
 teacher, set and config: what another build left half done is refused, never taken for one's own.
 """
 
+import gc
 import json
 import logging
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 
 from stage1_teacher.build_plan import BuildPlan
-from stage1_teacher.calibrate import Calibration, require_open, run_calibration
+from stage1_teacher.calibrate import (
+    Calibration,
+    CalibrationPlan,
+    require_open,
+    run_calibration,
+)
 from stage1_teacher.measure import Progress
 from stage1_teacher.settings import codec_files
-from stage1_teacher.teachers import load_teacher
+from stage1_teacher.teachers import load_open_teacher
 from stage1_teacher.turns import one_for_all
 from tide_cache.cache import Cache
 from tide_cache.canonical import canonical_json, sha256_hex
@@ -67,13 +74,25 @@ def ensure_record(
     with one_for_all(store, TURNS, lambda: store.exists(RECORD)) as is_mine:
         if not is_mine:
             return _read(store, key)
-        teacher = require_open(
-            load_teacher(plan.config.teacher, plan.teacher),
-            plan.config.teacher.backend,
-            "calibration",
-        )
-        found = run_calibration(plan.calibration, premasked, teacher, on_slice=on_slice)
-        return publish_record(store, plan, found)
+        record = _calibrate(plan, plan.calibration, premasked, store, on_slice)
+    # The workers, or an engine that measures what is free, need the memory of this teacher.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return record
+
+
+def _calibrate(
+    plan: BuildPlan,
+    calibration: CalibrationPlan,
+    premasked: Cache,
+    store: Store,
+    on_slice: Progress | None,
+) -> CalibrationRecord:
+    config = plan.config.teacher
+    teacher = require_open(load_open_teacher(config, plan.teacher), config.backend, "calibration")
+    found = run_calibration(calibration, premasked, teacher, on_slice=on_slice)
+    return publish_record(store, plan, found)
 
 
 def publish_record(store: Store, plan: BuildPlan, found: Calibration) -> CalibrationRecord:

@@ -13,6 +13,8 @@ class TideError(Exception):
     """Base of all errors that a user can cause or must act on."""
 
     exit_code = 1
+    # True where the error is about some rows, so that other rows can still be worked on.
+    is_about_rows = False
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message if hint is None else f"{message}; {hint}")
@@ -36,6 +38,8 @@ class DataError(TideError):
     `reason` is a slug under which dropped rows are counted.
     """
 
+    is_about_rows = True
+
     def __init__(self, message: str, *, hint: str | None = None, reason: str = "bad_data") -> None:
         super().__init__(message, hint=hint)
         self.reason = reason
@@ -43,6 +47,8 @@ class DataError(TideError):
 
 class FormatError(TideError):
     """A file of the format that is truncated, changed, hostile or of an unknown version."""
+
+    is_about_rows = True
 
 
 class CompatibilityError(TideError):

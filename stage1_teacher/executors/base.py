@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from typing import Generic, Protocol, TypeVar
 
 from stage1_teacher.events import EventLog
-from tide_cache.errors import DataError, FormatError, TideError
+from tide_cache.errors import TideError
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -104,11 +104,6 @@ class Executor(Protocol):
         ...
 
 
-def concerns_one_task(error: BaseException) -> bool:
-    """Say whether an error is about rows of the task that raised it."""
-    return isinstance(error, (DataError, FormatError))
-
-
 class TaskQueue:
     """Which task a worker gets next, and what becomes of those it held when it died.
 
@@ -166,7 +161,7 @@ class TaskQueue:
     def failed(self, worker: int, task: int, error: BaseException) -> None:
         """Set a task aside if the error concerns it alone; raise the error if not."""
         self._held[worker].remove(task)
-        if not (concerns_one_task(error) and isinstance(error, TideError)):
+        if not (isinstance(error, TideError) and error.is_about_rows):
             raise error
         self._set_aside(task, error)
         if len(self.set_aside) >= MAX_SET_ASIDE:

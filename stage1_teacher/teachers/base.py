@@ -20,7 +20,7 @@ import numpy.typing as npt
 from pydantic import Field, field_validator, model_validator
 
 from tide_cache.config import StrictModel
-from tide_cache.errors import ConfigError, DataError
+from tide_cache.errors import CompatibilityError, ConfigError, DataError
 from tide_cache.payloads.hidden import Transform
 
 if TYPE_CHECKING:
@@ -34,12 +34,34 @@ AttentionChoice = Literal["published", "native", "block_diffusion", "bidirection
 DTypeName = Literal["float32", "bfloat16", "float16"]
 
 
+class VllmOptions(StrictModel):
+    """What backend vllm alone needs to know."""
+
+    tensor_parallel_size: int = Field(1, ge=1, description="GPUs that one engine spreads over.")
+    gpu_memory_utilization: float = Field(
+        0.9, gt=0, le=1, description="Share of a device's memory that the engine may take."
+    )
+    kv_cache_gib: float | None = Field(
+        None,
+        gt=0,
+        description="Memory for keys and values; default: what gpu_memory_utilization leaves. "
+        "Give it on a CPU, where that share is of the whole machine.",
+    )
+    max_model_len: int = Field(
+        4096, ge=1, description="Tokens of the longest sample; one step of the engine holds them."
+    )
+    max_num_seqs: int = Field(256, ge=1, description="Prompts in one step of the engine, at most.")
+
+
 class TeacherConfig(StrictModel):
     """Which teacher to run, what it may see, and how much of it at once."""
 
     model: str = Field(description="Folder of a checkpoint, or its name on the Hugging Face Hub.")
     revision: str | None = Field(None, description="Commit, tag or branch of a hub checkpoint.")
-    backend: Literal["hf"] = Field("hf", description="Engine that runs the teacher.")
+    backend: Literal["hf", "vllm"] = Field(
+        "hf", description="Engine that runs the teacher: transformers, or vLLM (pip extra vllm)."
+    )
+    vllm: VllmOptions | None = Field(None, description="Options of backend vllm.")
     attention: AttentionChoice = Field(
         "published",
         description="published: as TIDE queried this family; native: as its own inference does.",
@@ -74,6 +96,30 @@ class TeacherConfig(StrictModel):
         if self.device_map is not None and self.device != "auto":
             raise ValueError("device and device_map are both given: leave device at auto")
         return self
+
+    @model_validator(mode="after")
+    def _one_engine(self) -> "TeacherConfig":
+        if self.backend == "hf":
+            if self.vllm is not None:
+                raise ValueError("vllm: goes with backend: vllm")
+            return self
+        if self.device_map is not None:
+            raise ValueError("device_map: goes with backend: hf; set vllm.tensor_parallel_size")
+        if self.passes != "shared":
+            raise ValueError("passes: separate goes with backend: hf")
+        if self.spans_devices and self.device not in ("auto", "cpu"):
+            raise ValueError("vllm.tensor_parallel_size above 1: leave device at auto")
+        return self
+
+    @property
+    def vllm_options(self) -> VllmOptions:
+        """The options of backend vllm, defaults where none are given."""
+        return self.vllm or VllmOptions()
+
+    @property
+    def spans_devices(self) -> bool:
+        """Whether one copy of the teacher takes several devices."""
+        return self.device_map is not None or self.vllm_options.tensor_parallel_size > 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -232,6 +278,33 @@ class Scores:
         return cls(**joined)
 
 
+def describe_request(index: int, request: ScoreRequest) -> str:
+    """Say in errors which request of a call is meant."""
+    return f"request {index} ({request.name})" if request.name else f"request {index}"
+
+
+def check_requests(
+    requests: Sequence[ScoreRequest], spec_vocab_size: int, *, teacher: str, vocab_size: int
+) -> None:
+    """Refuse what a teacher of `vocab_size` logits cannot answer.
+
+    Raises CompatibilityError for a larger shared vocabulary, DataError for an id outside.
+    """
+    if spec_vocab_size > vocab_size:
+        raise CompatibilityError(
+            f"vocab_size: {teacher} has {vocab_size} logits, got {spec_vocab_size}"
+        )
+    for index, request in enumerate(requests):
+        ids = request.clean_ids_L
+        if ids.min() < 0 or ids.max() >= vocab_size:
+            wrong = ids[(ids < 0) | (ids >= vocab_size)][0]
+            raise DataError(
+                f"{describe_request(index, request)}: token id {wrong} is outside the vocabulary "
+                f"of {teacher} ({vocab_size} ids)",
+                hint="was the sample prepared with this teacher's tokenizer?",
+            )
+
+
 DROP_HINT = "set bad_samples: drop to leave such samples out, counted in the manifest"
 
 
@@ -249,6 +322,19 @@ class NonFiniteLogitsError(DataError):
         self.row: int | None = None
         self.request_index: int | None = None
         self.stream_index: int | None = None
+
+    @classmethod
+    def at(
+        cls, request_index: int, request: ScoreRequest, stream_index: int, wanted: int
+    ) -> "NonFiniteLogitsError":
+        """Name the request, the stream and the position of its wanted row number `wanted`."""
+        position = request.streams[stream_index].wanted_P[wanted]
+        error = cls(
+            f"{describe_request(request_index, request)}, stream {stream_index}, position "
+            f"{position}: the teacher's logits hold NaN or infinity"
+        )
+        error.request_index, error.stream_index = request_index, stream_index
+        return error
 
 
 @runtime_checkable

@@ -30,6 +30,8 @@ from stage1_teacher.teachers.base import (
     ScoreSpec,
     TeacherConfig,
     TeacherIdentity,
+    check_requests,
+    describe_request,
 )
 from stage1_teacher.teachers.batching import PaddedBatch, pad_batch, plan_batches
 from stage1_teacher.teachers.checkpoint import find_mask_token_id, open_checkpoint
@@ -45,7 +47,7 @@ from stage1_teacher.teachers.memory import (
     out_of_memory_names,
     smaller_budget,
 )
-from tide_cache.errors import CompatibilityError, ConfigError, DataError
+from tide_cache.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 Answers = TypeVar("Answers")
@@ -95,6 +97,7 @@ class HfTeacher:
         self.token_budget = token_budget
         self.hidden_size = int(model.lm_head.weight.shape[1])
         self.rows_per_slice = rows_per_slice(self.vocab_size, head_slice_mib)
+        self._configured = (self.token_budget, self.rows_per_slice)
         if layout.mask_token_id >= self.vocab_size:
             raise ConfigError(
                 f"mask_token_id: {identity.name} has {self.vocab_size} rows of embedding, got "
@@ -107,14 +110,19 @@ class HfTeacher:
         """The id the teacher sees at masked positions."""
         return self.layout.mask_token_id
 
+    @property
+    def has_shrunk(self) -> bool:
+        """Say whether batches are smaller than configured, since the memory did not hold them."""
+        return (self.token_budget, self.rows_per_slice) != self._configured
+
     def score(self, requests: Sequence[ScoreRequest], spec: ScoreSpec) -> list[list[Scores]]:
         """Score every wanted position. Returns one `Scores` per stream, per request.
 
         Batches, and so the bytes, depend on the requests of this call and on `token_budget` as it
         stands at its end. Budgets differ by rounding alone. Measured on random weights at 16,384
         and 512: float32 2e-6 of the largest logit; bfloat16 2% (rms 1.3% of the logits' spread, KL
-        1e-4 nats), but rms 7% and KL 3e-3 in a mixture of experts, whose router breaks near ties
-        the other way (4e-3 of the largest logit even in float32, once in 4,553 positions).
+        1e-4 nats). In a mixture of experts, where a router may break a near tie the other way, up
+        to 4e-3 of the largest logit in float32, and 48% (rms 7%, KL 3e-3) in bfloat16.
 
         Raises DataError for ids outside the vocabulary, NonFiniteLogitsError (a DataError) that
         names the request, TeacherMemoryError where one stream alone does not fit the memory.
@@ -242,7 +250,7 @@ class HfTeacher:
         self, requests: Sequence[ScoreRequest], load: BatchLoad, *, in_head: bool, reason: str
     ) -> None:
         """Halve what a batch takes. Raises TeacherMemoryError where nothing is left to halve."""
-        named = _describe(load.longest_request, requests[load.longest_request])
+        named = describe_request(load.longest_request, requests[load.longest_request])
         slices_can_be_cut = in_head and self.rows_per_slice > 1
         if not (load.can_be_cut or slices_can_be_cut):
             error = TeacherMemoryError(
@@ -278,19 +286,7 @@ class HfTeacher:
             yield start, self.logits(batch.hidden_Rd[start : start + self.rows_per_slice])
 
     def _check(self, requests: Sequence[ScoreRequest], vocab_size: int) -> None:
-        if vocab_size > self.vocab_size:
-            raise CompatibilityError(
-                f"vocab_size: {self.identity.name} has {self.vocab_size} logits, got {vocab_size}"
-            )
-        for index, request in enumerate(requests):
-            ids = request.clean_ids_L
-            if ids.min() < 0 or ids.max() >= self.vocab_size:
-                wrong = ids[(ids < 0) | (ids >= self.vocab_size)][0]
-                raise DataError(
-                    f"{_describe(index, request)}: token id {wrong} is outside the vocabulary of "
-                    f"{self.identity.name} ({self.vocab_size} ids)",
-                    hint="was the sample prepared with this teacher's tokenizer?",
-                )
+        check_requests(requests, vocab_size, teacher=self.identity.name, vocab_size=self.vocab_size)
 
 
 def load_hf_teacher(config: TeacherConfig, identity: TeacherIdentity | None = None) -> HfTeacher:
@@ -376,15 +372,8 @@ def _traced(start: int, spans: Sequence[Span], requests: Sequence[ScoreRequest])
         row = start + error.row
         span = next(span for span in spans if span.start <= row < span.stop)
         request = requests[span.request_index]
-        position = request.streams[span.stream_index].wanted_P[row - span.start]
-        named = NonFiniteLogitsError(
-            f"{_describe(span.request_index, request)}, stream {span.stream_index}, position "
-            f"{position}: the teacher's logits hold NaN or infinity"
+        named = NonFiniteLogitsError.at(
+            span.request_index, request, span.stream_index, row - span.start
         )
         named.row = row
-        named.request_index, named.stream_index = span.request_index, span.stream_index
         raise named from error
-
-
-def _describe(index: int, request: ScoreRequest) -> str:
-    return f"request {index} ({request.name})" if request.name else f"request {index}"

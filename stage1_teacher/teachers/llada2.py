@@ -109,3 +109,17 @@ def _expert_part(layer: str, expert: int, kind: str, width: int) -> Part:
         return Part(target=f"{layer}.mlp.experts.down_proj", entry=expert)
     rows = (0, width) if kind == "gate" else (width, 2 * width)
     return Part(target=f"{layer}.mlp.experts.gate_up_proj", entry=expert, target_rows=rows)
+
+
+def split_tensor(name: str, tensor: Any, config: Any) -> list[tuple[str, Any]]:
+    """Rename and cut one tensor for an engine that reads Glm4Moe's checkpoint names, experts apart.
+
+    The same table as `make_route`, which stacks the experts instead.
+    """
+    match = _LAYER.fullmatch(name)
+    if match is not None and _EXPERT.fullmatch(match[2]):
+        return [(name, tensor)]
+    return [
+        (part.target, tensor if part.source_rows is None else tensor[slice(*part.source_rows)])
+        for part in make_route(config)(name)
+    ]

@@ -31,6 +31,8 @@ _MESSAGES = (
 class TeacherMemoryError(TideError):
     """A single stream that does not fit the teacher's memory; `request_index` says whose."""
 
+    is_about_rows = True
+
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
         self.request_index: int | None = None
