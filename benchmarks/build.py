@@ -128,6 +128,7 @@ def write_teacher(
     )
     with torch.device(options.device):
         model = transformers.Qwen3ForCausalLM(config).to(getattr(torch, options.dtype))
+    transformers.utils.logging.disable_progress_bar()
     model.save_pretrained(folder)
     for path in tokenizer.iterdir():
         if path.suffix in (".json", ".jinja", ".txt") and path.name != "config.json":
@@ -142,7 +143,8 @@ def build_config(teacher: Path, mask_token_id: int, options: argparse.Namespace)
                 "model": str(teacher),
                 "dtype": options.dtype,
                 "device": options.device,
-                "mask_token_id": mask_token_id,
+                # A tokenizer that was trained here has its own.
+                **({"mask_token_id": mask_token_id} if options.tokenizer else {}),
                 "token_budget": options.token_budget,
             },
             "payloads": options.payloads,
@@ -170,11 +172,11 @@ def bare_forward(teacher: HfTeacher, tasks: list[list[ScoreRequest]]) -> int:
     """Run body and head on everything that a build asks; returns the number of positions."""
     num_positions = 0
     for requests in tasks:
-        for streams in teacher.hidden_states(requests):
-            for hidden_Pd in streams:
-                num_positions += len(hidden_Pd)
-                for start in range(0, len(hidden_Pd), teacher.rows_per_slice):
-                    teacher.logits(hidden_Pd[start : start + teacher.rows_per_slice])
+        # The head in full slices: over a few positions at a time it would be slower than a build's.
+        hidden_Pd = torch.cat([part for found in teacher.hidden_states(requests) for part in found])
+        num_positions += len(hidden_Pd)
+        for start in range(0, len(hidden_Pd), teacher.rows_per_slice):
+            teacher.logits(hidden_Pd[start : start + teacher.rows_per_slice])
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return num_positions
