@@ -12,7 +12,7 @@ NUM_TASKS, NUM_VIEWS = 12, 2
 
 @dataclass(frozen=True)
 class BuildGround:
-    """A premasked set of 12 tasks x 2 views, a config, and the files of an undisturbed build."""
+    """A premasked set of 2 views, a config, and the files of an undisturbed build."""
 
     folder: Path
     files: dict[str, bytes]
@@ -32,7 +32,9 @@ class BuildGround:
         return ("build", self.config, "-p", premasked or self.premasked, "-o", output)
 
 
-def write_build_ground(folder: Path, **overrides: int) -> BuildGround:
+def write_build_ground(
+    folder: Path, *, num_tasks: int = NUM_TASKS, **overrides: int
+) -> BuildGround:
     """Prepare the set and build it once, in one process and undisturbed.
 
     `overrides` make the teacher larger, where a test needs a build that takes its time.
@@ -40,7 +42,7 @@ def write_build_ground(folder: Path, **overrides: int) -> BuildGround:
     config = write_pipeline(
         folder,
         make_model("qwen3", vocab_size=448, max_position_embeddings=512, **overrides),
-        num_rows=NUM_TASKS * 8,
+        num_rows=num_tasks * 8,
         prepare={"num_views": NUM_VIEWS},
         build={
             "payloads": ["candidates"],

@@ -16,14 +16,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.build_grounds import NUM_TASKS, BuildGround
+from tests.build_grounds import NUM_TASKS, BuildGround, write_build_ground
 from tests.builders import PROJECT_ROOT, all_files, command_environment, run_command
 from tests.executor_workers import wait_for
 from tests.watched_builds import Watched, watched
 
 _NUM_KILLS = 50
-# A process is killed within so many seconds of the last event.
-_MOMENT_S = 1.0
+# A process is killed within so many seconds of the last one.
+_MOMENT_S = 0.8
+_NUM_TASKS = 60
 
 
 @pytest.mark.slow
@@ -98,10 +99,12 @@ def first_rows(path: Path, count: int, tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_build_killed_at_random_moments_is_finished_by_the_next(
-    build_ground: BuildGround, tmp_path: Path
-) -> None:
-    """Two workers and their driver, 50 times; three kills of four hit a worker."""
+def test_a_build_killed_at_random_moments_is_finished_by_the_next(tmp_path: Path) -> None:
+    """Two workers and their driver, 50 times; most kills hit a worker.
+
+    A task that is unlucky three times is set aside, and done by the next build.
+    """
+    ground = write_build_ground(tmp_path / "ground", num_tasks=_NUM_TASKS)
     chance = random.Random(0)
     kills: Counter[str] = Counter()
     number = 0
@@ -109,13 +112,14 @@ def test_a_build_killed_at_random_moments_is_finished_by_the_next(
         output = tmp_path / f"cache-{number}"
         number += 1
         while not (output / "manifest.json").exists():
-            with watched(build_ground, output, "--workers", "2") as build:
+            with watched(ground, output, "--workers", "2") as build:
                 torment(build, chance, kills)
                 _, stderr = build.process.communicate(timeout=240)
-            assert build.process.returncode in (0, -signal.SIGKILL), stderr
-        assert all_files(output) == build_ground.files
-    assert kills["worker"] > 10
-    assert kills["driver"] > 5
+            ended_well = build.process.returncode in (0, -signal.SIGKILL)
+            assert ended_well or "killed 3 workers" in stderr, stderr
+        assert all_files(output) == ground.files
+    assert kills["worker"] > 25
+    assert kills["driver"] >= 5
 
 
 def torment(build: Watched, chance: random.Random, kills: Counter[str]) -> None:
@@ -126,7 +130,7 @@ def torment(build: Watched, chance: random.Random, kills: Counter[str]) -> None:
     while kills.total() < _NUM_KILLS and build.process.poll() is None:
         time.sleep(chance.uniform(0, _MOMENT_S))
         workers = build.workers()
-        if chance.random() < 0.25:
+        if chance.random() < 0.15:
             kills["driver"] += 1
             build.kill_driver()
         elif workers:
