@@ -93,6 +93,11 @@ def _cache_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         ("CompDemo", "two passes" if facts["comp_demo"] else "off: one pass"),
     ]
+    smaller = facts["counts"].get("num_rows_at_smaller_token_budget", 0)
+    if smaller:
+        out.append(
+            ("memory", f"{smaller:,} rows in smaller batches than configured: other rounding")
+        )
     out += [("payload", text) for text in facts["payload_texts"]]
     out.append(("bytes/entry", f"{facts['bytes_per_entry']} (rows and payloads together)"))
     out += [("fidelity", text) for text in facts["fidelity_texts"] or ["not measured"]]
