@@ -1,5 +1,6 @@
 """What the command line of `tide-cache build` says beyond the config: where and by whom it runs."""
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,10 @@ class _DeviceOf:
 
 
 def default_event_log(output_url: str) -> Path | None:
-    """Return the file beside a local output, or None where the output is elsewhere."""
+    """Return the file beside a local output, or None where that is elsewhere or not writable."""
     fs, root = url_to_fs(output_url.rstrip("/"))
-    return Path(f"{root}.events.jsonl") if isinstance(fs, LocalFileSystem) else None
+    path = Path(f"{root}.events.jsonl")
+    if not isinstance(fs, LocalFileSystem):
+        return None
+    folder = next(parent for parent in path.parents if parent.exists())
+    return path if os.access(path if path.exists() else folder, os.W_OK) else None

@@ -158,15 +158,16 @@ def build(
         raise ConfigError("build: expected -o DIR, where the cache goes", hint="or --dry-run")
     source = open_cache(premasked)
     share = parse_shard_range(shard_range or "0/1")
-    runner, device = open_executor(executor, config.teacher, workers, ray_address)
-    plan = make_plan(config, source, output or "", device=device)
     if dry_run:
+        plan = make_plan(config, source, output or "")
         counts = source.manifest.counts
         if json_output:
             _print_json(build_report.dry_run_as_json(plan, counts))
         else:
             _print_lines(build_report.dry_run_lines(plan, counts))
         return
+    runner, device = open_executor(executor, config.teacher, workers, ray_address)
+    plan = make_plan(config, source, output or "", device=device)
     num_tasks = {"made": 0, "kept": 0}
     mine = set(share.of(plan.tasks))
     num_rows = sum(shard.num_rows for shard in source.manifest.shards if shard.task in mine)
