@@ -114,9 +114,9 @@ class _Pool(Generic[Result]):
         self._num_workers = num_workers
         self._queue = queue
         self._on_done = on_done
-        has_server = "forkserver" in multiprocessing.get_all_start_methods()
-        self._context = multiprocessing.get_context("forkserver" if has_server else "spawn")
-        if has_server:
+        self._context: Any = multiprocessing.get_context("spawn")
+        if "forkserver" in multiprocessing.get_all_start_methods():
+            self._context = multiprocessing.get_context("forkserver")
             self._context.set_forkserver_preload(preload)
         self._processes: dict[int, _Process] = {}
 
