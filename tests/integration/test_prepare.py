@@ -133,7 +133,7 @@ class TestKilledAndResumed:
         )
         tasks = output / "_build" / "tasks"
         wait_for(lambda: len(list(tasks.glob("*.json"))) >= 3 or process.poll() is not None)
-        workers = children_of(process.pid)
+        workers = workers_of(process.pid)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         num_done = len(list(tasks.glob("*.json")))
@@ -507,11 +507,17 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = 120) -> None:
         time.sleep(0.005)
 
 
+def workers_of(pid: int) -> list[int]:
+    """The worker processes of a process: the forks of its fork server."""
+    servers = [
+        c for c in children_of(pid) if b"forkserver" in Path(f"/proc/{c}/cmdline").read_bytes()
+    ]
+    return [worker for server in servers for worker in children_of(server)]
+
+
 def children_of(pid: int) -> list[int]:
-    """The worker processes of a process (not multiprocessing's resource tracker)."""
     text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-    children = [int(child) for child in text.split()]
-    return [c for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
+    return [int(child) for child in text.split()]
 
 
 def is_running(pid: int) -> bool:
