@@ -175,10 +175,7 @@ def _record(plan: BuildPlan, on_slice: Progress | None) -> CalibrationRecord:
         if isinstance(manifest, CacheManifest):
             return record_of(manifest)
     with one_thread():
-        record = ensure_record(plan, open_cache(plan.premasked_url), on_slice=on_slice)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # the workers need what the calibrating teacher took
-    return record
+        return ensure_record(plan, open_cache(plan.premasked_url), on_slice=on_slice)
 
 
 def default_num_build_workers(config: TeacherConfig) -> int:

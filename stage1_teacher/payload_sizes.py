@@ -17,10 +17,10 @@ from tide_cache.errors import FormatError
 
 # `ranked` at 6 bits, per position: ids that recur (a teacher of 8,192 ids) to ids scattered over
 # 151,936. At k = 16: 33 and 50 bytes, at 64: 88 and 154; straight in between (at k = 32 the
-# scattered ones take 87, here 86) and beyond (287 at k = 128, here 294).
+# scattered ones take 86, here 85) and beyond (286 at k = 128, here 293).
 _AT_K = (16, 64)
 _LOW_BYTES, _HIGH_BYTES = (33.0, 88.0), (50.0, 154.0)
-# Hidden states with the 16 candidates that pin them: 45 to 57 bytes at d = 256 (.18 to .22 d), 42
+# Hidden states with the 16 candidates that pin them: 44 to 57 bytes at d = 256 (.17 to .22 d), 42
 # to 53 at d = 512. They grew with what the text says and not with d; that larger teachers say no
 # more is not shown, so the range is from the least seen to the largest seen, or its share of d.
 _HIDDEN_LOW_BYTES, _HIDDEN_HIGH_BYTES, _HIDDEN_HIGH_PER_CHANNEL = 42.0, 57.0, 57 / 256
