@@ -34,8 +34,7 @@ from stage1_teacher.build_plan import make_plan
 from stage1_teacher.payload_config import BuildConfig
 from stage1_teacher.questions import ask, checked_rows
 from stage1_teacher.teachers.hf import HfTeacher
-from stage2_student.attention import AttentionMasks
-from stage2_student.batches import Batch, BatchReader
+from stage2_student.batches import Batch, BatchReader, InputForm
 from stage2_student.columns import Int64Array
 from stage2_student.config import TrainConfig
 from stage2_student.losses import TeacherCandidates, kl_per_position
@@ -118,8 +117,8 @@ class OnlineTeacher:
 class OnlineReader(BatchReader):
     """Reads batches whose teacher answers now, in full, instead of what a cache says."""
 
-    def __init__(self, online: OnlineTeacher, *, masks: AttentionMasks, mask_token_id: int) -> None:
-        super().__init__(online.cache, masks=masks, mask_token_id=mask_token_id, teacher=None)
+    def __init__(self, online: OnlineTeacher, *, form: InputForm) -> None:
+        super().__init__(online.cache, form=form, teacher=None)
         self._online = online
 
     def read(self, view: int, rows: Int64Array) -> Batch:
@@ -138,18 +137,16 @@ class OnlineTrainer(Trainer):
     teacher: OnlineTeacher
 
     def _open_stream(self) -> StepStream:
-        reader = OnlineReader(
-            self.teacher,
-            masks=_masks(self.run.cache, self.student),
-            mask_token_id=self.run.source.mask_token_id,
-        )
+        mask_token_id = self.run.source.mask_token_id
+        reader = OnlineReader(self.teacher, form=_form(self.run.cache, self.student, mask_token_id))
         return StepStream(self.run.order, reader, rank=0, world_size=1, micro_batch_size=None)
 
 
-def _masks(cache: Cache, student: Student) -> AttentionMasks:
-    return AttentionMasks(
+def _form(cache: Cache, student: Student, mask_token_id: int) -> InputForm:
+    return InputForm(
         block_size=cache.manifest.block_size,
-        implementation=student.model.config._attn_implementation,
+        mask_token_id=mask_token_id,
+        attention=student.model.config._attn_implementation,
         device=torch.device("cpu"),
     )
 
@@ -301,15 +298,14 @@ def held_out_kl(bench: Bench, student: Student, teacher: HfTeacher, mask_token_i
     """
     premasked = open_cache(bench.folder / "premasked-held_out")
     online = OnlineTeacher(teacher, premasked)
-    masks = _masks(premasked, student)
-    reader = OnlineReader(online, masks=masks, mask_token_id=mask_token_id)
+    reader = OnlineReader(online, form=_form(premasked, student, mask_token_id))
     student.eval()
     total, count = 0.0, 0
     for start in range(0, premasked.num_samples, _EVALUATED_AT_ONCE):
         stop = min(start + _EVALUATED_AT_ONCE, premasked.num_samples)
         batch = reader.read(0, np.arange(start, stop))
         hidden_PD = student(
-            batch.input_ids_BS, batch.position_ids_1S, batch.attention_mask, batch.masked_index_P
+            batch.input_ids_1N, batch.position_ids_1N, batch.attention_mask, batch.masked_index_P
         )
         candidates = batch.teacher.candidates
         assert candidates is not None

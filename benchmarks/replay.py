@@ -25,15 +25,19 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import Tensor
 
 from stage1_teacher.hidden_fit import DeviceTransform, Head
 from stage1_teacher.questions import as_candidates
 from stage1_teacher.scoring import reduce_logits, rows_per_slice
 from stage1_teacher.teachers.base import Scores, ScoreSpec
-from stage2_student.attention import AttentionMasks
-from stage2_student.batches import Batch
+from stage2_student.aligned_rows import NoisedRows
+from stage2_student.attention import BY_ROWS
+from stage2_student.batches import Batch, InputForm, assemble
+from stage2_student.fused import TableGradient, plan_slices
 from stage2_student.losses import HiddenRows, ReplayHead, TeacherCandidates
-from stage2_student.objective import Objective, ObjectiveConfig
+from stage2_student.objective import Losses, Objective
+from stage2_student.objective_config import ObjectiveConfig
 from stage2_student.optimizer import OptimizerConfig, make_optimizer
 from stage2_student.student import Student
 from stage2_student.teacher_rows import TeacherRows
@@ -181,63 +185,67 @@ class Step:
         from transformers import Qwen3Config, Qwen3ForCausalLM
 
         self.device = setting.device
-        implementation = "sdpa"
         config = Qwen3Config(vocab_size=options.vocab_size, **_STUDENT)
         model = Qwen3ForCausalLM._from_config(
-            config, dtype=torch.float32, attn_implementation=implementation
+            config, dtype=torch.float32, attn_implementation=BY_ROWS
         )
         self.student = Student(model.to(self.device)).train()
         self.optimizer = make_optimizer(self.student, OptimizerConfig())
         self.objective = Objective(ObjectiveConfig(losses={"ce": 1.0, "tidal": 1.0}))
-        masks = AttentionMasks(block_size=32, implementation=implementation, device=self.device)
-        self.batch = _batch(options, masks).to(self.device)
+        self.batch = _batch(options, self.device)
 
     def run(self, teacher: TeacherCandidates) -> None:
         """Do one update."""
         answers = TeacherRows(
-            index_Q=torch.arange(teacher.num_positions, device=self.device),
+            index_Q=torch.arange(teacher.num_positions),
             candidates=teacher,
             chunks=None,
         )
         batch = replace(self.batch, teacher=answers)
+        slices = plan_slices(batch, len(self.student.head_VD))
+        batch = batch.to(self.device)
+        denominators = self.objective.denominators(batch)
+
+        def head_losses(hidden_PD: Tensor, head_VD: Tensor, table: TableGradient | None) -> Losses:
+            return self.objective(
+                hidden_PD,
+                head_VD,
+                batch,
+                denominators,
+                progress=0.5,
+                slices=slices,
+                table=table,
+            )
+
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            hidden_PD = self.student(
-                batch.input_ids_BS,
-                batch.position_ids_1S,
+            losses = self.student(
+                batch.input_ids_1N,
+                batch.position_ids_1N,
                 batch.attention_mask,
                 batch.masked_index_P,
+                head_losses,
             )
-            denominators = self.objective.denominators(batch)
-            losses = self.objective(
-                hidden_PD, self.student.head_VD, batch, denominators, progress=0.5
-            )
-        losses.total.backward()  # type: ignore[no-untyped-call]
+        losses.total.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         _wait(self.device)
 
 
-def _batch(options: argparse.Namespace, masks: AttentionMasks) -> Batch:
-    """Make a batch in which the last positions of each row are masked."""
+def _batch(options: argparse.Namespace, device: torch.device) -> Batch:
+    """Make a batch, on the host, in which the last positions of each row are masked."""
     rows, length = options.rows, options.length
     per_row = options.positions // rows
-    ids_BL = np.random.default_rng(0).integers(0, options.vocab_size, (rows, length))
     masked_BL = np.zeros((rows, length), dtype=bool)
     masked_BL[:, length - per_row :] = True
-    row_P, position_P = np.nonzero(masked_BL)
-    position_L = torch.arange(length)
-    return Batch(
-        input_ids_BS=torch.from_numpy(np.concatenate([np.where(masked_BL, 0, ids_BL), ids_BL], 1)),
-        position_ids_1S=torch.cat([position_L, position_L])[None],
-        attention_mask=masks.of(np.full(rows, length), length),
-        masked_index_P=torch.from_numpy(row_P * 2 * length + position_P),
-        labels_P=torch.from_numpy(ids_BL[masked_BL]),
-        timestep_P=torch.full((len(row_P),), 0.5),
-        row_P=torch.from_numpy(row_P),
-        labelled_per_row_B=torch.full((rows,), per_row),
-        teacher=TeacherRows.none(),
-        num_tokens=rows * length,
+    noised = NoisedRows(
+        ids_BL=np.random.default_rng(0).integers(0, options.vocab_size, (rows, length)),
+        length_B=np.full(rows, length),
+        masked_BL=masked_BL,
+        labelled_B=np.full(rows, per_row),
+        timestep_B=np.full(rows, 0.5, np.float32),
     )
+    form = InputForm(block_size=32, mask_token_id=0, attention=BY_ROWS, device=device)
+    return assemble(noised, TeacherRows.none(), form)
 
 
 def _bands(num_components: int) -> tuple[int, ...]:

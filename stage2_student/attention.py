@@ -1,122 +1,278 @@
-"""The student's attention masks: block diffusion over [xt, x0], built once per shape and kept.
+"""Who attends to whom among packed rows, in the forms that attention kernels take.
 
-Qwen3's own classes take an explicit mask: a bool tensor for sdpa, a BlockMask for flex_attention
-(which skips the three quarters of the square that nobody sees; compiled, so for GPUs). Rows that
-fill whole blocks share one mask whatever their length, because padding behind them forms blocks of
-its own that no real position sees. A row that ends inside a block needs its own keys cut, and then
-the batch gets a mask per row. Padding always sees itself: a query that sees nothing is NaN.
+A batch is one sequence of N tokens: of each row its clean tokens, then its noised ones. `by_rows`
+runs sdpa twice a row (clean queries over clean keys, noised ones over both), so that nothing is
+spent on pairs of rows or on what clean tokens never see; short rows share a call, where the call
+costs more than the pairs. flex_attention gets a BlockMask over all N (compiled, so for GPUs). The
+dense mask is the slow, obvious form of both; stock sdpa takes it.
 
-Shapes: B rows, L positions, S = 2 L for [xt, x0].
+Shapes: N packed tokens, B rows, G groups of rows, C clean and X noised tokens of a group, Q tiles.
 """
 
-from collections import OrderedDict
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.attention.flex_attention import BlockMask
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from tide_cache.geometry import block_diffusion_mask, block_visible
+from tide_cache.geometry import block_visible
 
 Attention = Literal["auto", "sdpa", "flex"]
-AttentionMask: TypeAlias = Tensor | BlockMask
-_MASKS_KEPT = 8
+Int64Array = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+
+BY_ROWS = "tide_by_rows"
+FLEX = "flex_attention"
+# flex_attention works in tiles of so many tokens.
+FLEX_TILE = 128
+# Rows share a call of sdpa up to so many tokens: below, the call costs more than the pairs of rows.
+_SHARED_TOKENS = 256
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class TokenPlaces:
+    """Where each packed token comes from: its row, its block there, and which copy it is of.
+
+    `row_N`, `block_N` int64, `is_clean_N` bool; `num_clean_B` and `num_noised_B` int64 count each
+    row's tokens, clean ones first. Tokens that fill up the last tile have row -1, each its own
+    block.
+    """
+
+    row_N: Int64Array
+    block_N: Int64Array
+    is_clean_N: BoolArray
+    num_clean_B: Int64Array
+    num_noised_B: Int64Array
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class RowMask:
+    """The mask of packed rows for `by_rows`, by groups of neighbouring tokens.
+
+    `sizes`: of each group the number of its first part C and of its second X, flat. `first`: bool
+    (C, C), None where C = 0; `second`: bool (X, C + X). Rows are queries. A long row is a group of
+    its own, clean tokens first; short rows share one, all of it in the second part.
+    """
+
+    sizes: tuple[int, ...]
+    first: tuple[Tensor | None, ...]
+    second: tuple[Tensor, ...]
+
+
+AttentionMask: TypeAlias = Tensor | RowMask | BlockMask
 
 
 def attention_implementation(wanted: Attention, device: torch.device) -> str:
     """Return the name by which transformers knows the implementation for this device."""
     if wanted == "auto":
         wanted = "flex" if device.type == "cuda" else "sdpa"
-    return {"sdpa": "sdpa", "flex": "flex_attention"}[wanted]
+    return {"sdpa": BY_ROWS, "flex": FLEX}[wanted]
 
 
-class AttentionMasks:
-    """Makes the masks of batches for one block size, one implementation and one device."""
-
-    def __init__(self, *, block_size: int, implementation: str, device: torch.device) -> None:
-        self.block_size = block_size
-        self._flex = implementation == "flex_attention"
-        self._device = device
-        self._shared: OrderedDict[int, AttentionMask] = OrderedDict()
-
-    def padded_length(self, longest: int) -> int:
-        """Return L for a batch whose longest row has this many positions: whole blocks."""
-        return -(-longest // self.block_size) * self.block_size
-
-    def of(self, length_B: np.ndarray[Any, np.dtype[np.integer]], num_positions: int) -> Any:
-        """Return the mask of rows of these lengths, padded to `num_positions`.
-
-        A bool tensor (1 or B, 1, S, S), rows are queries; or a BlockMask.
-        """
-        if (length_B % self.block_size).any():
-            return self._per_row(length_B, num_positions)
-        if num_positions not in self._shared:
-            self._shared[num_positions] = self._of_whole_blocks(num_positions)
-            if len(self._shared) > _MASKS_KEPT:
-                self._shared.popitem(last=False)
-        self._shared.move_to_end(num_positions)
-        return self._shared[num_positions]
-
-    def _of_whole_blocks(self, num_positions: int) -> AttentionMask:
-        if self._flex:
-            return flex_mask(None, num_positions, self.block_size, self._device)
-        visible_SS = block_diffusion_mask(num_positions, self.block_size)
-        return torch.from_numpy(visible_SS)[None, None].to(self._device)
-
-    def _per_row(
-        self, length_B: np.ndarray[Any, np.dtype[np.integer]], num_positions: int
-    ) -> AttentionMask:
-        if self._flex:
-            return flex_mask(length_B, num_positions, self.block_size, self._device)
-        visible_SS = torch.from_numpy(block_diffusion_mask(num_positions, self.block_size))
-        real_BS = torch.from_numpy(_real_keys(length_B, num_positions))
-        itself_SS = torch.eye(2 * num_positions, dtype=torch.bool)
-        visible_B1SS = visible_SS & (real_BS[:, None, None, :] | itself_SS)
-        return visible_B1SS.to(self._device)
+def tile_size(implementation: str) -> int:
+    """Return of what the number of packed tokens has to be a multiple."""
+    return FLEX_TILE if implementation == FLEX else 1
 
 
-def flex_mask(
-    length_B: np.ndarray[Any, np.dtype[np.integer]] | None,
-    num_positions: int,
-    block_size: int,
-    device: torch.device,
-) -> BlockMask:
-    """Build the same mask for flex_attention: one for any number of rows where lengths are None.
-
-    Such a mask must not look at the row: the kernel asks it about all of them.
+def make_mask(places: TokenPlaces, *, implementation: str, device: torch.device) -> AttentionMask:
+    """Return the mask of packed rows for an implementation: `by_rows`, flex, or any that takes
+    a bool tensor (1, 1, N, N).
     """
-    index_S = torch.arange(2 * num_positions, device=device)
-    block_S = index_S % num_positions // block_size
-    is_clean_S = index_S >= num_positions
+    if implementation == BY_ROWS:
+        return row_mask(places, device)
+    if implementation == FLEX:
+        return flex_mask(places, device)
+    return torch.from_numpy(dense_mask(places))[None, None].to(device)
 
-    def in_layout(_row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        # The ground floor's predicate is operators only, so it takes tensors as it takes arrays.
-        visible: Any = block_visible(
-            block_S[query],  # type: ignore[arg-type]
-            block_S[key],  # type: ignore[arg-type]
-            is_clean_S[query],  # type: ignore[arg-type]
-            is_clean_S[key],  # type: ignore[arg-type]
+
+def dense_mask(places: TokenPlaces) -> BoolArray:
+    """Say for each pair of packed tokens whether the second is visible to the first, bool (N, N).
+
+    The definition: same row, and what block diffusion shows (`tide_cache.geometry`).
+    """
+    row_N = places.row_N
+    same_row_NN = row_N[:, None] == row_N[None]
+    in_row_NN = _visible_pairs(places)
+    fills_N = row_N < 0
+    visible_NN: BoolArray = same_row_NN & in_row_NN & (~fills_N | np.eye(len(row_N), dtype=bool))
+    return visible_NN
+
+
+def _visible_pairs(places: TokenPlaces) -> BoolArray:
+    """Say for each pair whether the second is visible to the first if both are of one row."""
+    block_N, is_clean_N = places.block_N, places.is_clean_N
+    return block_visible(block_N[:, None], block_N[None], is_clean_N[:, None], is_clean_N[None])
+
+
+def row_mask(places: TokenPlaces, device: torch.device) -> RowMask:
+    """Build the masks of each group."""
+    sizes: list[int] = []
+    first: list[Tensor | None] = []
+    second: list[Tensor] = []
+    for start, middle, stop in _groups(places):
+        is_short = middle == start
+        part = _part(places, start, stop)
+        mask = dense_mask(part) if is_short else _noised_mask(part.block_N, middle - start)
+        sizes += [middle - start, stop - middle]
+        first.append(None if is_short else _clean_mask(places.block_N[start:middle], device))
+        second.append(torch.from_numpy(mask).to(device))
+    return RowMask(sizes=tuple(sizes), first=tuple(first), second=tuple(second))
+
+
+def _groups(places: TokenPlaces) -> list[tuple[int, int, int]]:
+    """Return [start, middle, stop) of each group; middle is start where short rows share one."""
+    found: list[tuple[int, int, int]] = []
+    start = stop = 0
+    for num_clean, num_noised in zip(
+        places.num_clean_B.tolist(), places.num_noised_B.tolist(), strict=True
+    ):
+        row_start, row_stop = stop, stop + num_clean + num_noised
+        if row_stop - start > _SHARED_TOKENS and row_start > start:
+            found.append((start, start, row_start))
+            start = row_start
+        if row_stop - start > _SHARED_TOKENS:
+            found.append((start, start + num_clean, row_stop))
+            start = row_stop
+        stop = row_stop
+    if stop > start:
+        found.append((start, start, stop))
+    return found
+
+
+def _part(places: TokenPlaces, start: int, stop: int) -> TokenPlaces:
+    return replace(
+        places,
+        row_N=places.row_N[start:stop],
+        block_N=places.block_N[start:stop],
+        is_clean_N=places.is_clean_N[start:stop],
+    )
+
+
+def _clean_mask(block_C: Int64Array, device: torch.device) -> Tensor:
+    return torch.from_numpy(block_C[None] <= block_C[:, None]).to(device)
+
+
+def _noised_mask(block_S: Int64Array, num_clean: int) -> BoolArray:
+    clean_C, noised_X = block_S[:num_clean], block_S[num_clean:]
+    earlier_XC = clean_C[None] < noised_X[:, None]
+    return np.concatenate([earlier_XC, noised_X[None] == noised_X[:, None]], axis=1)
+
+
+def attend_by_rows(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: AttentionMask | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend row by row: what transformers calls for each layer under the name `BY_ROWS`.
+
+    `query` (1, heads, N, head size), `key` and `value` with the key heads; returns (1, N, heads,
+    head size). Any other mask than a `RowMask` goes to stock sdpa.
+    """
+    if not isinstance(attention_mask, RowMask):
+        return sdpa_attention_forward(  # type: ignore[no-any-return]
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-        layout: Tensor = visible
-        return layout
+    # One split for all rows: its backward is one concatenation, that of slices would be a zeroed
+    # copy of everything for each row.
+    sizes = list(attention_mask.sizes)
+    pieces = [torch.split(tensor, sizes, dim=2) for tensor in (query, key, value)]
+    shares_keys = query.shape[1] != key.shape[1]
+    outputs = []
 
-    num_keys = 2 * num_positions
-    if length_B is None:
-        return create_block_mask(in_layout, None, None, num_keys, num_keys, device=str(device))
-    real_BS = torch.from_numpy(_real_keys(length_B, num_positions)).to(device)
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> None:
+        attended = functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=shares_keys
+        )
+        outputs.append(attended)
 
-    def in_row(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        result: Tensor = in_layout(row, head, query, key) & (real_BS[row, key] | (query == key))
+    for group, (first, second) in enumerate(
+        zip(attention_mask.first, attention_mask.second, strict=True)
+    ):
+        (q_first, q_second), (k_first, k_second), (v_first, v_second) = (
+            piece[2 * group : 2 * group + 2] for piece in pieces
+        )
+        if first is not None:
+            attend(q_first, k_first, v_first, first)
+            k_second = torch.cat([k_first, k_second], dim=2)
+            v_second = torch.cat([v_first, v_second], dim=2)
+        attend(q_second, k_second, v_second, second)
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(BY_ROWS, attend_by_rows)
+
+
+def flex_mask(places: TokenPlaces, device: torch.device) -> BlockMask:
+    """Build the mask for flex_attention from the pairs within rows: no (N, N) is ever made.
+
+    N must be a multiple of `FLEX_TILE`. Tiles that hold no visible pair are skipped by the kernel,
+    those in which every pair is visible are not masked.
+    """
+    num_tiles = len(places.row_N) // FLEX_TILE
+    visible_QQ = np.zeros((num_tiles, num_tiles), dtype=np.int64)
+    start = 0
+    for num_clean, num_noised in zip(
+        places.num_clean_B.tolist(), places.num_noised_B.tolist(), strict=True
+    ):
+        stop = start + num_clean + num_noised
+        if stop > start:
+            _count_visible(visible_QQ, places, start, stop)
+        start = stop
+    for index in range(start, len(places.row_N)):
+        visible_QQ[index // FLEX_TILE, index // FLEX_TILE] += 1
+    is_full_QQ = visible_QQ == FLEX_TILE * FLEX_TILE
+    row_N = torch.from_numpy(places.row_N).to(device)
+    block_N = torch.from_numpy(places.block_N).to(device)
+    is_clean_N = torch.from_numpy(places.is_clean_N).to(device)
+
+    def visible(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        # The ground floor's predicate is operators only, so it takes tensors as it takes arrays.
+        in_row: Any = block_visible(
+            block_N[query],  # type: ignore[arg-type]
+            block_N[key],  # type: ignore[arg-type]
+            is_clean_N[query],  # type: ignore[arg-type]
+            is_clean_N[key],  # type: ignore[arg-type]
+        )
+        result: Tensor = (row_N[query] == row_N[key]) & in_row
         return result
 
-    num_rows = len(length_B)
-    return create_block_mask(in_row, num_rows, None, num_keys, num_keys, device=str(device))
+    return BlockMask.from_kv_blocks(
+        *_tile_lists((visible_QQ > 0) & ~is_full_QQ, device),
+        *_tile_lists(is_full_QQ, device),
+        BLOCK_SIZE=FLEX_TILE,
+        mask_mod=visible,
+        seq_lengths=(len(places.row_N), len(places.row_N)),
+    )
 
 
-def _real_keys(
-    length_B: np.ndarray[Any, np.dtype[np.integer]], num_positions: int
-) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Say for each row which of the 2 L keys are no padding. Returns bool (B, S)."""
-    real_BL = np.arange(num_positions) < length_B[:, None]
-    return np.concatenate([real_BL, real_BL], axis=1)
+def _count_visible(visible_QQ: Int64Array, places: TokenPlaces, start: int, stop: int) -> None:
+    """Add the visible pairs of one row's tokens [start, stop) to the tiles that they lie in."""
+    block_S, is_clean_S = places.block_N[start:stop], places.is_clean_N[start:stop]
+    visible_SS = block_visible(
+        block_S[:, None], block_S[None], is_clean_S[:, None], is_clean_S[None]
+    )
+    first, last = start // FLEX_TILE, (stop - 1) // FLEX_TILE
+    edges = np.maximum(np.arange(first, last + 1) * FLEX_TILE - start, 0)
+    counts = np.add.reduceat(visible_SS.astype(np.int32), edges, axis=0)
+    visible_QQ[first : last + 1, first : last + 1] += np.add.reduceat(counts, edges, axis=1)
+
+
+def _tile_lists(is_wanted_QQ: BoolArray, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return how many tiles each row of tiles wants and which, wanted ones first: int32."""
+    number_Q = is_wanted_QQ.sum(axis=1).astype(np.int32)
+    order_QQ = np.argsort(~is_wanted_QQ, axis=1, kind="stable").astype(np.int32)
+    return (
+        torch.from_numpy(number_Q)[None, None].to(device),
+        torch.from_numpy(order_QQ)[None, None].to(device),
+    )

@@ -4,10 +4,10 @@ Only the columns that the losses need are read, and every number that becomes an
 lengths, alignment) is held against its bounds first. A row that fails is read again whole, so that
 the format's own check names what is wrong with it.
 
-Shapes: B rows, L positions, S = 2 L for [xt, x0], P masked positions of all rows (row by row).
+Shapes: B rows, L positions, N packed tokens, P masked positions of all rows (row by row).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from stage2_student.aligned_rows import NoisedRows
-from stage2_student.attention import AttentionMask, AttentionMasks
+from stage2_student.attention import AttentionMask, make_mask, tile_size
 from stage2_student.columns import Int64Array, bit_masks, list_values, require
+from stage2_student.packing import pack_rows
 from stage2_student.teacher_rows import TeacherReading, TeacherRows, decode_teacher
 from tide_cache.cache import Cache
 from tide_cache.errors import FormatError
@@ -28,18 +29,31 @@ from tide_cache.verify import check_row_of
 ROW_COLUMNS = ("sample_id", "student_ids", "prompt_length", "student_mask", "timestep")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InputForm:
+    """In which form a student takes its input: mask token, blocks, attention and device.
+
+    `attention` is the name by which transformers knows the implementation (`attention`).
+    """
+
+    block_size: int
+    mask_token_id: int
+    attention: str
+    device: torch.device
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Batch:
     """What one forward and its losses need.
 
-    `input_ids_BS` int64 [xt, x0]; `position_ids_1S` int64; `masked_index_P` int64 into the
-    flattened (B, S); `labels_P` int64; `timestep_P` float32; `row_P` int64 into B;
+    `input_ids_1N` and `position_ids_1N` int64, rows packed end to end (`packing`);
+    `masked_index_P` int64 into N; `labels_P` int64; `timestep_P` float32; `row_P` int64 into B;
     `labelled_per_row_B` int64 counts maskable positions; `teacher` is what it said of them.
-    `num_tokens` counts the positions that are no padding.
+    `num_tokens` counts the positions of the rows, `num_filled` those of N that are nobody's.
     """
 
-    input_ids_BS: Tensor
-    position_ids_1S: Tensor
+    input_ids_1N: Tensor
+    position_ids_1N: Tensor
     attention_mask: AttentionMask
     masked_index_P: Tensor
     labels_P: Tensor
@@ -48,6 +62,7 @@ class Batch:
     labelled_per_row_B: Tensor
     teacher: TeacherRows
     num_tokens: int
+    num_filled: int
 
     @property
     def num_masked(self) -> int:
@@ -81,13 +96,11 @@ class BatchReader:
         self,
         cache: Cache,
         *,
-        masks: AttentionMasks,
-        mask_token_id: int,
+        form: InputForm,
         teacher: TeacherReading | None,
     ) -> None:
         self._cache = cache
-        self._masks = masks
-        self._mask_token_id = mask_token_id
+        self._form = form
         self._teacher = teacher
         self._columns = (*ROW_COLUMNS, *(teacher.columns if teacher is not None else ()))
 
@@ -98,37 +111,14 @@ class BatchReader:
         """
         table = self._cache.read_rows(view, rows, self._columns)
         try:
-            noised = decode_rows(
-                table,
-                num_ids=self._cache.manifest.student.vocab_size,
-                pad_to=self._masks.padded_length,
-            )
+            noised = decode_rows(table, num_ids=self._cache.manifest.student.vocab_size)
             teacher = TeacherRows.none()
             if self._teacher is not None:
                 teacher = decode_teacher(table, noised, self._teacher)
         except FormatError:
             self._explain(view, rows)
             raise
-        return self._batch(noised, teacher)
-
-    def _batch(self, noised: NoisedRows, teacher: TeacherRows) -> Batch:
-        ids_BL, masked_BL = noised.ids_BL, noised.masked_BL
-        num_positions = ids_BL.shape[1]
-        xt_BL = np.where(masked_BL, self._mask_token_id, ids_BL)
-        row_P, position_P = np.nonzero(masked_BL)
-        position_L = torch.arange(num_positions)
-        return Batch(
-            input_ids_BS=torch.from_numpy(np.concatenate([xt_BL, ids_BL], axis=1)),
-            position_ids_1S=torch.cat([position_L, position_L])[None],
-            attention_mask=self._masks.of(noised.length_B, num_positions),
-            masked_index_P=torch.from_numpy(row_P * (2 * num_positions) + position_P),
-            labels_P=torch.from_numpy(ids_BL[masked_BL]),
-            timestep_P=torch.from_numpy(noised.timestep_B[row_P]),
-            row_P=torch.from_numpy(row_P),
-            labelled_per_row_B=torch.from_numpy(noised.labelled_B),
-            teacher=teacher,
-            num_tokens=int(noised.length_B.sum()),
-        )
+        return assemble(noised, teacher, self._form)
 
     def _explain(self, view: int, rows: Sequence[int] | Int64Array) -> None:
         """Let the format's own check say what is wrong, if it can."""
@@ -143,8 +133,33 @@ class BatchReader:
                 raise FormatError(problem)
 
 
-def decode_rows(table: pa.Table, *, num_ids: int, pad_to: Callable[[int], int] = int) -> NoisedRows:
-    """Decode the columns `ROW_COLUMNS`. `pad_to` maps the longest row's length to L.
+def assemble(noised: NoisedRows, teacher: TeacherRows, form: InputForm) -> Batch:
+    """Put rows and what the teacher said of them into one batch, packed."""
+    masked_BL = noised.masked_BL
+    packed = pack_rows(
+        noised,
+        block_size=form.block_size,
+        mask_token_id=form.mask_token_id,
+        tile=tile_size(form.attention),
+    )
+    row_P = np.nonzero(masked_BL)[0]
+    return Batch(
+        input_ids_1N=torch.from_numpy(packed.ids_N)[None],
+        position_ids_1N=torch.from_numpy(packed.position_N)[None],
+        attention_mask=make_mask(packed.places, implementation=form.attention, device=form.device),
+        masked_index_P=torch.from_numpy(packed.masked_index_P),
+        labels_P=torch.from_numpy(noised.ids_BL[masked_BL]),
+        timestep_P=torch.from_numpy(noised.timestep_B[row_P]),
+        row_P=torch.from_numpy(row_P),
+        labelled_per_row_B=torch.from_numpy(noised.labelled_B),
+        teacher=teacher,
+        num_tokens=int(noised.length_B.sum()),
+        num_filled=packed.num_filled,
+    )
+
+
+def decode_rows(table: pa.Table, *, num_ids: int) -> NoisedRows:
+    """Decode the columns `ROW_COLUMNS`. L is the length of the longest row.
 
     Raises FormatError for any id, length, mask or timestep out of its bounds.
     """
@@ -157,7 +172,7 @@ def decode_rows(table: pa.Table, *, num_ids: int, pad_to: Callable[[int], int] =
         ((prompt_B >= 0) & (prompt_B <= id_count_B)).all(), "prompt_length: outside the sequence"
     )
     require(((timestep_B > 0) & (timestep_B <= 1)).all(), "timestep: outside (0, 1]")
-    num_positions = pad_to(int(id_count_B.max()))
+    num_positions = int(id_count_B.max())
     position_L = np.arange(num_positions)
     ids_BL = np.zeros((len(id_count_B), num_positions), dtype=np.int64)
     ids_BL[position_L < id_count_B[:, None]] = ids

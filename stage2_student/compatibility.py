@@ -8,7 +8,7 @@ temperature whose mass the cache does not know) is refused, never adapted.
 import logging
 from typing import Literal
 
-from stage2_student.objective import ObjectiveConfig, PayloadName
+from stage2_student.objective_config import ObjectiveConfig, PayloadName
 from stage2_student.student_source import StudentSource
 from stage2_student.teacher_rows import (
     CandidatesReading,

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from stage2_student.checkpoints import CheckpointConfig
 from stage2_student.evaluate import EvaluationConfig
 from stage2_student.metrics import MetricsConfig
-from stage2_student.objective import ObjectiveConfig
+from stage2_student.objective_config import ObjectiveConfig
 from stage2_student.optimizer import OptimizerConfig
 from stage2_student.stream import StreamConfig
 from stage2_student.student_source import StudentConfig

@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn import functional
 
-from stage2_student.attention import AttentionMasks
-from stage2_student.batches import Batch, BatchReader
+from stage2_student.attention import BY_ROWS
+from stage2_student.batches import Batch, BatchReader, InputForm
 from stage2_student.compatibility import candidates_reading
-from stage2_student.losses import TeacherCandidates, kl_per_position
-from stage2_student.objective import at_candidates
-from stage2_student.slices import SLICE_FLOATS
+from stage2_student.fused import plan_slices
+from stage2_student.objective import Objective
+from stage2_student.objective_config import ObjectiveConfig
 from stage2_student.student import Student
 from stage2_student.teacher_rows import TeacherReading
 from tide_cache.cache import Cache
@@ -102,48 +101,47 @@ def evaluate(
     FormatError or DataError on damaged rows. Leaves the model in the mode in which it came.
     """
     student = model if isinstance(model, Student) else Student(model)
-    reader = _reader(student, cache, mask_token_id)
     sums = _Sums()
-    was_training = student.training
+    was_training, attention = student.training, student.model.config._attn_implementation
     student.eval()
+    if attention == "sdpa":
+        student.model.set_attn_implementation(BY_ROWS)  # the same, without pairs of rows
     try:
+        reader = _reader(student, cache, mask_token_id)
         num_samples = min(max_samples or cache.num_samples, cache.num_samples)
         rows = torch.arange(num_samples).numpy()
         for view in range(cache.num_views) if views is None else views:
             for start in range(0, num_samples, batch_size):
                 batch = reader.read(view, rows[start : start + batch_size])
-                sums.add(batch, *_measure(student, batch.to(student.head_VD.device)))
+                sums.add(batch, *_measure(student, batch))
     finally:
         student.train(was_training)
+        student.model.set_attn_implementation(attention)
     return sums.evaluation()
 
 
 def _measure(student: Student, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return NLL (P,), KL (Q,) and chunk KL (C,) of a batch, None where nobody answered."""
+    has_candidates = batch.teacher.candidates is not None
+    losses = {"ce": 1.0, "kl": 1.0} if has_candidates else {"ce": 1.0}
+    objective = Objective(ObjectiveConfig(losses=losses, temperature=1.0))
+    slices = plan_slices(batch, len(student.head_VD))
+    batch = batch.to(student.head_VD.device)
     hidden_PD = student(
-        batch.input_ids_BS, batch.position_ids_1S, batch.attention_mask, batch.masked_index_P
+        batch.input_ids_1N, batch.position_ids_1N, batch.attention_mask, batch.masked_index_P
     )
-    logits_PV = functional.linear(hidden_PD, student.head_VD).float()
-    nll_P = functional.cross_entropy(logits_PV, batch.labels_P, reduction="none")
-    candidates, chunks = batch.teacher.candidates, batch.teacher.chunks
-    kl_Q = chunk_kl_C = None
-    if candidates is not None:
-        kl_Q = _kl_in_slices(at_candidates(logits_PV, batch), candidates)
-    if chunks is not None:
-        summed_C = torch.zeros_like(chunks.logprob_C)
-        summed_C = summed_C.index_add(0, chunks.chunk_E, -nll_P[chunks.index_E])
-        chunk_kl_C = binary_kl(chunks.logprob_C, summed_C)
-    return nll_P, kl_Q, chunk_kl_C
-
-
-def _kl_in_slices(logits_QV: Tensor, candidates: TeacherCandidates) -> Tensor:
-    step = max(1, SLICE_FLOATS // candidates.vocab_size)
-    starts = range(0, len(logits_QV), step)
-    slices = [
-        kl_per_position(logits_QV[a : a + step], candidates.slice(a, a + step), temperature=1.0)
-        for a in starts
-    ]
-    return torch.cat(slices) if slices else logits_QV.new_zeros(0)
+    values = objective(
+        hidden_PD,
+        student.head_VD,
+        batch,
+        objective.denominators(batch),
+        progress=0.0,
+        slices=slices,
+    ).values
+    chunks, chunk_kl_C = batch.teacher.chunks, None
+    if chunks is not None and values.logprob_C is not None:
+        chunk_kl_C = binary_kl(chunks.logprob_C, values.logprob_C)
+    return values.nll_P, values.terms["kl"] if has_candidates else None, chunk_kl_C
 
 
 def binary_kl(teacher_logprob_C: Tensor, student_logprob_C: Tensor) -> Tensor:
@@ -211,12 +209,13 @@ def _reader(student: Student, cache: Cache, mask_token_id: int | None) -> BatchR
             f"{cache.url}: student.mask_token_id: not known to this set",
             hint="pass mask_token_id",
         )
-    masks = AttentionMasks(
+    form = InputForm(
         block_size=manifest.block_size,
-        implementation=student.model.config._attn_implementation,
+        mask_token_id=mask_token_id,
+        attention=student.model.config._attn_implementation,
         device=student.head_VD.device,
     )
-    return BatchReader(cache, masks=masks, mask_token_id=mask_token_id, teacher=_teacher(cache))
+    return BatchReader(cache, form=form, teacher=_teacher(cache))
 
 
 def _teacher(cache: Cache) -> TeacherReading | None:

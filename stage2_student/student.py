@@ -1,20 +1,26 @@
-"""The student: a stock Qwen3 asked about masked positions of [xt, x0], and how it is loaded.
+"""The student: a stock Qwen3 asked about the masked positions of packed rows, and how it is loaded.
 
-`forward` stops at the final hidden states of the masked positions; the output head is applied by
-the loss, so that logits exist for P positions instead of B x 2L (one in ten, commonly, and each is
-0.6 MB at 151,936 ids). Weights come strictly: every tensor named and shaped as the config says.
+The transformer stops at the final hidden states of the masked positions, and output head and losses
+are one function (`fused`), so that logits exist for a slice of P positions instead of B x 2L (each
+is 0.6 MB at 151,936 ids). That function runs inside `forward`, where wrappers that spread or gather
+parameters (DDP, FSDP2) see every use of them. Weights come strictly: every tensor named and shaped
+as the config says.
 
-Shapes: B rows, L positions, S = 2 L for [xt, x0], P masked positions of all rows, D hidden, V ids.
+Shapes: N packed tokens, P masked positions of all rows, D hidden, V ids.
 """
 
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 from stage2_student.attention import AttentionMask
+from stage2_student.fused import TableGradient
 from stage2_student.student_source import StudentSource, fetch_weights, weight_files
 from tide_cache.errors import CompatibilityError, FormatError
 
@@ -25,6 +31,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 _HEAD = "lm_head.weight"
+# Hidden states at masked positions (P, D), the head (V, D), and where a tied head's gradient goes.
+HeadLosses = Callable[[Tensor, Tensor, TableGradient | None], Any]
 
 
 class Student(nn.Module):
@@ -42,23 +50,55 @@ class Student(nn.Module):
 
     def forward(
         self,
-        input_ids_BS: Tensor,
-        position_ids_1S: Tensor,
+        input_ids_1N: Tensor,
+        position_ids_1N: Tensor,
         attention_mask: AttentionMask,
         masked_index_P: Tensor,
-    ) -> Tensor:
+        losses: HeadLosses | None = None,
+    ) -> Any:
         """Return the final hidden states at the masked positions, float (P, D).
 
-        `masked_index_P` int64 counts positions through the flattened (B, S); those of the first
-        half predict the token at their own position, without a shift.
+        `masked_index_P` int64 counts packed tokens; each predicts the token at its own position,
+        without a shift. With `losses` return what it makes of hidden states and head.
         """
-        hidden_BSD: Tensor = self.model.model(
-            input_ids=input_ids_BS,
+        table = None
+        if losses is not None and self._is_tied and torch.is_grad_enabled():
+            table = TableGradient()
+            embedded_1ND: Tensor = _TiedEmbedding.apply(  # type: ignore[no-untyped-call]
+                input_ids_1N, self.head_VD, table
+            )
+        else:
+            embedded_1ND = self.model.get_input_embeddings()(input_ids_1N)
+        hidden_1ND: Tensor = self.model.model(
+            inputs_embeds=embedded_1ND,
             attention_mask={"full_attention": attention_mask},
-            position_ids=position_ids_1S,
+            position_ids=position_ids_1N,
             use_cache=False,
         ).last_hidden_state
-        return hidden_BSD.flatten(0, 1).index_select(0, masked_index_P)
+        hidden_PD = hidden_1ND[0].index_select(0, masked_index_P)
+        return hidden_PD if losses is None else losses(hidden_PD, self.head_VD, table)
+
+    @property
+    def _is_tied(self) -> bool:
+        return self.head_VD is self.model.get_input_embeddings().weight
+
+
+class _TiedEmbedding(torch.autograd.Function):
+    """Look up rows of a table; backward, add to the gradient that the output head left behind."""
+
+    @staticmethod
+    def forward(ctx: Any, ids_1N: Tensor, table_VD: Tensor, table: TableGradient) -> Tensor:
+        ctx.ids_1N, ctx.table, ctx.shape, ctx.dtype = ids_1N, table, table_VD.shape, table_VD.dtype
+        return functional.embedding(ids_1N, table_VD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_1ND: Tensor) -> tuple[None, Tensor, None]:
+        found_VD, ctx.table.value_VD = ctx.table.value_VD, None
+        if found_VD is None:
+            found_VD = gradient_1ND.new_zeros(ctx.shape, dtype=ctx.dtype)
+        gradient_ND = gradient_1ND.flatten(0, 1).to(ctx.dtype)
+        return None, found_VD.index_add_(0, ctx.ids_1N.flatten(), gradient_ND), None
 
 
 def load_student(

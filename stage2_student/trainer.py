@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from stage2_student import checkpoints
-from stage2_student.attention import AttentionMasks, attention_implementation
-from stage2_student.batches import BatchReader
+from stage2_student.attention import attention_implementation
+from stage2_student.batches import BatchReader, InputForm
 from stage2_student.checkpoints import Checkpoint
 from stage2_student.compatibility import teacher_reading
 from stage2_student.config import TrainConfig, deciding_keys
@@ -301,15 +301,14 @@ class Trainer:
         return load_model(point.folder, config, dtype=dtype, attention_implementation=attention)
 
     def _open_stream(self) -> StepStream:
-        masks = AttentionMasks(
-            block_size=self.run.cache.manifest.block_size,
-            implementation=self.student.model.config._attn_implementation,
-            device=self.accelerator.device,
-        )
         reader = BatchReader(
             self.run.cache,
-            masks=masks,
-            mask_token_id=self.run.source.mask_token_id,
+            form=InputForm(
+                block_size=self.run.cache.manifest.block_size,
+                mask_token_id=self.run.source.mask_token_id,
+                attention=self.student.model.config._attn_implementation,
+                device=self.accelerator.device,
+            ),
             teacher=teacher_reading(self.run.cache, self.config.objective),
         )
         return StepStream(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from stage2_student.batches import Batch
 from stage2_student.config import TrainConfig
+from stage2_student.fused import TableGradient, plan_slices
 from stage2_student.objective import Denominators, Losses, Objective
 from stage2_student.optimizer import learning_rate, make_optimizer, set_learning_rate
 from stage2_student.stream import StepBatches
@@ -53,6 +54,7 @@ class Updater:
         self.config = config
         self.max_steps = max_steps
         self.objective = Objective(config.objective)
+        self._num_ids = len(student.head_VD)
         self._accelerator = accelerator
         self.optimizer = make_optimizer(student, config.optimizer)
         # The wrapped ones exchange gradients between ranks; on one rank they are thin.
@@ -90,7 +92,7 @@ class Updater:
             is_last = number == len(work.batches)
             exchange = contextlib.nullcontext() if is_last else accelerator.no_sync(self._wrapped)
             with exchange:
-                losses = self._losses(batch.to(accelerator.device), counts, self.progress(step))
+                losses = self._losses(batch, counts, self.progress(step))
                 # Ranks exchange the mean of their gradients; a step's loss is the sum of shares.
                 accelerator.backward(losses.total * accelerator.num_processes)
             terms = {f"loss/{name}": term for name, term in losses.terms.items()}
@@ -113,16 +115,34 @@ class Updater:
         return learning_rate(self.config.optimizer, step, self.max_steps)
 
     def _losses(self, batch: Batch, counts: StepCounts, progress: float) -> Losses:
+        # While the batch is still on the host: on the device every look at an index would wait.
+        slices = plan_slices(batch, self._num_ids)
+        batch = batch.to(self._accelerator.device)
+
+        def losses(
+            hidden_PD: Tensor, head_VD: Tensor, table: TableGradient | None
+        ) -> tuple[Tensor, Losses]:
+            found = self.objective(
+                hidden_PD,
+                head_VD,
+                batch,
+                counts.denominators,
+                progress=progress,
+                slices=slices,
+                table=table,
+            )
+            # Wrappers look for tensors among what a forward returns.
+            return found.total, found
+
         with self._accelerator.autocast():
-            hidden_PD = self._wrapped(
-                batch.input_ids_BS,
-                batch.position_ids_1S,
+            _, found = self._wrapped(
+                batch.input_ids_1N,
+                batch.position_ids_1N,
                 batch.attention_mask,
                 batch.masked_index_P,
+                losses,
             )
-            return self.objective(
-                hidden_PD, self.student.head_VD, batch, counts.denominators, progress=progress
-            )
+        return found  # type: ignore[no-any-return]
 
 
 def make_accelerator(config: TrainConfig) -> "Accelerator":

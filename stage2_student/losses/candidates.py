@@ -163,14 +163,20 @@ class TeacherCandidates:
         return tail_P.masked_fill(is_empty_P, -math.inf)
 
     @torch.no_grad()
-    def dense(self, temperature: float, student_logits_PV: Tensor | None = None) -> Tensor:
+    def dense(
+        self,
+        temperature: float,
+        student_logits_PV: Tensor | None = None,
+        replayed_PV: Tensor | None = None,
+    ) -> Tensor:
         """Rebuild full logits float32 (P, V) whose logsumexp at `temperature` is the stored one.
 
         Exact candidates keep their logits to the bit, rounded ones their differences. The tails
-        that follow the student need its logits. Raises CompatibilityError where `temperature` was
-        not stored, ConfigError where the student's logits are missing.
+        that follow the student need its logits. `replayed_PV`: what `hidden.logits()` gave, where
+        the caller has it. Raises CompatibilityError where `temperature` was not stored, ConfigError
+        where the student's logits are missing.
         """
-        shape_PV = self._tail_shape(student_logits_PV)
+        shape_PV = self._tail_shape(student_logits_PV) if replayed_PV is None else replayed_PV
         others_PV = torch.empty(
             (self.num_positions, self.vocab_size + 1), device=self.ids_PK.device
         )

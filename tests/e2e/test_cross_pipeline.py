@@ -23,10 +23,11 @@ from stage1_teacher.build_plan import BuildConfig, make_plan
 from stage1_teacher.prepare import make_plan as make_prepare_plan
 from stage1_teacher.prepare import run_prepare
 from stage1_teacher.prepare_config import PrepareConfig
-from stage2_student.attention import AttentionMasks
-from stage2_student.batches import Batch, BatchReader
+from stage2_student.attention import BY_ROWS
+from stage2_student.batches import Batch, BatchReader, InputForm
 from stage2_student.losses import calm_loss
-from stage2_student.objective import Objective, ObjectiveConfig
+from stage2_student.objective import Objective
+from stage2_student.objective_config import ObjectiveConfig
 from stage2_student.student import Student
 from stage2_student.teacher_rows import TeacherReading
 from tests.e2e.test_shared_pipeline import plain_student_logits, tiny_qwen3
@@ -133,10 +134,15 @@ def all_rows(cache: Cache, view: int) -> list[PremaskedRow]:
 
 def read_batch(cache: Cache, view: int) -> Batch:
     assert isinstance(cache.manifest, CacheManifest)
-    masks = AttentionMasks(block_size=BLOCK_SIZE, implementation="sdpa", device=torch.device("cpu"))
+    form = InputForm(
+        block_size=BLOCK_SIZE,
+        mask_token_id=STUDENT_MASK,
+        attention=BY_ROWS,
+        device=torch.device("cpu"),
+    )
     codecs = open_codecs(cache.store, cache.manifest)
     reading = TeacherReading(alignment="chunks", chunks=codecs.chunks)
-    reader = BatchReader(cache, masks=masks, mask_token_id=STUDENT_MASK, teacher=reading)
+    reader = BatchReader(cache, form=form, teacher=reading)
     return reader.read(view, np.arange(cache.num_samples))
 
 
@@ -165,11 +171,12 @@ def test_cached_chunk_losses_equal_the_online_ones(pipeline: Pipeline, comp_demo
             timestep_C.append(row.timestep)
     student, timestep = torch.stack(student_C), torch.tensor(timestep_C)
     objective = Objective(ObjectiveConfig(losses=dict.fromkeys(CALM_LOSSES, 1.0)))
+    model.set_attn_implementation(BY_ROWS)
     plain = Student(model)
     with torch.no_grad():
         hidden_PD = plain(
-            batch.input_ids_BS,
-            batch.position_ids_1S,
+            batch.input_ids_1N,
+            batch.position_ids_1N,
             batch.attention_mask,
             batch.masked_index_P,
         )

@@ -24,11 +24,12 @@ from stage1_teacher.build_plan import BuildConfig, make_plan
 from stage1_teacher.prepare import make_plan as make_prepare_plan
 from stage1_teacher.prepare import run_prepare
 from stage1_teacher.prepare_config import PrepareConfig
-from stage2_student.attention import AttentionMasks
-from stage2_student.batches import Batch, BatchReader
+from stage2_student.attention import BY_ROWS
+from stage2_student.batches import Batch, BatchReader, InputForm
 from stage2_student.compatibility import candidates_reading
 from stage2_student.losses import ce_loss, kl_loss, tidal_loss
-from stage2_student.objective import Objective, ObjectiveConfig
+from stage2_student.objective import Objective
+from stage2_student.objective_config import ObjectiveConfig
 from stage2_student.student import Student
 from stage2_student.teacher_rows import TeacherReading
 from tide_cache.alignment import payload_positions, teacher_partners
@@ -191,10 +192,12 @@ def read_batch(cache: Cache, view: int, tail: Literal["auto"] | Tail = "uniform"
     codecs = open_codecs(cache.store, manifest)
     reader = BatchReader(
         cache,
-        masks=AttentionMasks(
-            block_size=BLOCK_SIZE, implementation="sdpa", device=torch.device("cpu")
+        form=InputForm(
+            block_size=BLOCK_SIZE,
+            mask_token_id=MASK_ID,
+            attention=BY_ROWS,
+            device=torch.device("cpu"),
         ),
-        mask_token_id=MASK_ID,
         teacher=TeacherReading(
             alignment="positions",
             candidates=candidates_reading(cache, codecs, tail=tail),
@@ -261,11 +264,12 @@ def test_cached_losses_and_logits_equal_the_online_ones(
         "reverse_kl": kl_loss(student_QV, online_QV, temperature=2.0, direction="reverse"),
         "tidal": tidal_loss(student_QV, online_QV, timestep_Q, progress=0.3, temperature=2.0),
     }
+    model.set_attn_implementation(BY_ROWS)
     student = Student(model)
     with torch.no_grad():
         hidden_PD = student(
-            batch.input_ids_BS,
-            batch.position_ids_1S,
+            batch.input_ids_1N,
+            batch.position_ids_1N,
             batch.attention_mask,
             batch.masked_index_P,
         )

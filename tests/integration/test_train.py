@@ -16,14 +16,15 @@ import torch
 from torch.nn import functional
 from transformers import Qwen3ForCausalLM
 
-from stage2_student.attention import AttentionMasks
-from stage2_student.batches import Batch, BatchReader
+from stage2_student.attention import BY_ROWS
+from stage2_student.batches import Batch, BatchReader, InputForm
 from stage2_student.compatibility import teacher_reading
 from stage2_student.config import TrainConfig
 from stage2_student.evaluate import evaluate
 from stage2_student.losses import calm_loss, ce_loss, kl_loss, tidal_loss
 from stage2_student.metrics import TIMING_KEYS, read_metrics
-from stage2_student.objective import Objective, ObjectiveConfig
+from stage2_student.objective import Objective
+from stage2_student.objective_config import ObjectiveConfig
 from stage2_student.optimizer import OptimizerConfig, learning_rate
 from stage2_student.plan import describe, open_run
 from stage2_student.student import Student, load_model
@@ -43,6 +44,7 @@ from tests.cache_builders import (
 from tests.support import PROJECT_ROOT
 from tide_cache.cache import Cache, open_cache
 from tide_cache.errors import TideError
+from tide_cache.geometry import block_diffusion_mask
 from tide_cache.rows import PremaskedRow, table_to_rows
 
 SHAPE = SetShape(num_samples=50, ragged=True, lone_share=0.3)
@@ -68,7 +70,7 @@ def load_final(output: Path) -> Qwen3ForCausalLM:
     values = json.loads((output / "final/config.json").read_text())
     config = read_model_config(values, where="final")
     return load_model(
-        output / "final", config, dtype=torch.float32, attention_implementation="sdpa"
+        output / "final", config, dtype=torch.float32, attention_implementation=BY_ROWS
     ).eval()
 
 
@@ -106,11 +108,14 @@ def test_the_command_trains_and_reports(workshop: Workshop, tmp_path: Path) -> N
 
 
 def batch_of(cache: Cache, view: int, rows: Any, loss: str = "tidal") -> Batch:
-    masks = AttentionMasks(
-        block_size=cache.manifest.block_size, implementation="sdpa", device=torch.device("cpu")
+    form = InputForm(
+        block_size=cache.manifest.block_size,
+        mask_token_id=MASK_ID,
+        attention=BY_ROWS,
+        device=torch.device("cpu"),
     )
     reading = teacher_reading(cache, ObjectiveConfig.model_validate({"losses": [loss]}))
-    return BatchReader(cache, masks=masks, mask_token_id=MASK_ID, teacher=reading).read(view, rows)
+    return BatchReader(cache, form=form, teacher=reading).read(view, rows)
 
 
 @pytest.mark.parametrize("name", ["ce", "tidal", "kl", "reverse_kl"])
@@ -264,7 +269,7 @@ def test_a_trained_student_starts_the_next_run(workshop: Workshop, tmp_path: Pat
     student_first = Student(load_final(tmp_path / "first"))
     with torch.no_grad():
         hidden = student_first(
-            batch.input_ids_BS, batch.position_ids_1S, batch.attention_mask, batch.masked_index_P
+            batch.input_ids_1N, batch.position_ids_1N, batch.attention_mask, batch.masked_index_P
         )
     assert torch.isfinite(hidden).all()
     first = metrics_of(tmp_path / "first")[-1]["loss/ce"]
@@ -283,15 +288,10 @@ def figures_by_hand(model: Qwen3ForCausalLM, cache: Cache) -> tuple[float, float
         for row in table_to_rows(cache.read_rows(view, range(cache.num_samples)), "positions"):
             ids = torch.from_numpy(row.student_ids_L.astype(np.int64))
             xt = torch.where(torch.from_numpy(row.student_mask_L), MASK_ID, ids)
-            masks = AttentionMasks(
-                block_size=cache.manifest.block_size,
-                implementation="sdpa",
-                device=torch.device("cpu"),
-            )
-            mask = masks.of(np.array([len(ids)]), len(ids))
+            visible = block_diffusion_mask(len(ids), cache.manifest.block_size)
             logits_LV = model(
                 input_ids=torch.cat([xt, ids])[None],
-                attention_mask={"full_attention": mask},
+                attention_mask={"full_attention": torch.from_numpy(visible)[None, None]},
                 position_ids=torch.arange(len(ids)).repeat(2)[None],
             ).logits[0, : len(ids)]
             masked = np.flatnonzero(row.student_mask_L).tolist()

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from stage2_student.attention import AttentionMasks
-from stage2_student.batches import Batch, BatchReader, decode_rows
+from stage2_student.attention import BY_ROWS
+from stage2_student.batches import BatchReader, InputForm, decode_rows
 from stage2_student.compatibility import candidates_facts, candidates_reading
 from stage2_student.teacher_rows import CandidatesReading, TeacherReading, read_mean_logits
 from tests.cache_builders import (
@@ -39,12 +39,13 @@ SHAPE = SetShape(num_samples=30, ragged=True, lone_share=0.5)
 
 
 def reader(cache: Cache, teacher: TeacherReading | None) -> BatchReader:
-    masks = AttentionMasks(
+    form = InputForm(
         block_size=cache.manifest.block_size,
-        implementation="sdpa",
+        mask_token_id=MASK_ID,
+        attention=BY_ROWS,
         device=torch.device("cpu"),
     )
-    return BatchReader(cache, masks=masks, mask_token_id=MASK_ID, teacher=teacher)
+    return BatchReader(cache, form=form, teacher=teacher)
 
 
 def with_teacher(cache: Cache) -> BatchReader:
@@ -78,27 +79,20 @@ def some_rows() -> list[tuple[int, list[int]]]:
 @pytest.mark.parametrize(("view", "numbers"), some_rows())
 def test_a_batch_says_what_its_rows_say(cache: Cache, view: int, numbers: list[int]) -> None:
     batch = with_teacher(cache).read(view, np.array(numbers))
-    rows = rows_of(cache, view, numbers)
-    num_positions = batch.input_ids_BS.shape[1] // 2
-    assert num_positions % cache.manifest.block_size == 0
     flat = 0
-    for number, row in enumerate(rows):
-        length = len(row.student_ids_L)
-        xt_L, x0_L = batch.input_ids_BS[number].reshape(2, num_positions)
-        assert x0_L[:length].tolist() == row.student_ids_L.tolist()
-        expected = np.where(row.student_mask_L, MASK_ID, row.student_ids_L)
-        assert xt_L[:length].tolist() == expected.tolist()
-        assert int(batch.labelled_per_row_B[number]) == length - row.prompt_length
+    for number, row in enumerate(rows_of(cache, view, numbers)):
+        assert int(batch.labelled_per_row_B[number]) == len(row.student_ids_L) - row.prompt_length
         for position in np.flatnonzero(row.student_mask_L).tolist():
-            index = number * 2 * num_positions + position
-            assert int(batch.masked_index_P[flat]) == index
+            token = int(batch.masked_index_P[flat])
+            assert int(batch.input_ids_1N[0, token]) == MASK_ID
+            assert int(batch.position_ids_1N[0, token]) == position
             assert int(batch.labels_P[flat]) == row.student_ids_L[position]
             assert int(batch.row_P[flat]) == number
             assert float(batch.timestep_P[flat]) == np.float32(row.timestep)
             flat += 1
     assert flat == batch.num_masked
-    assert batch.num_tokens == sum(len(row.student_ids_L) for row in rows)
-    assert batch.position_ids_1S.tolist() == [2 * list(range(num_positions))]
+    assert batch.num_tokens == sum(len(row.student_ids_L) for row in rows_of(cache, view, numbers))
+    assert batch.num_filled == 0
 
 
 @pytest.mark.parametrize(("view", "numbers"), some_rows())
@@ -387,24 +381,9 @@ def test_mean_logits_are_held_against_the_manifest(tmp_path: Path) -> None:
 def test_a_batch_without_targets_keeps_its_rows_and_counts_nothing(cache: Cache) -> None:
     batch = with_teacher(cache).read(1, np.arange(6))
     empty = batch.without_targets()
-    assert torch.equal(empty.input_ids_BS, batch.input_ids_BS)
+    assert torch.equal(empty.input_ids_1N, batch.input_ids_1N)
     counts: list[int] = [empty.num_masked, len(empty.teacher.index_Q), empty.num_tokens]
     assert [*counts, int(empty.labelled_per_row_B.sum())] == [0, 0, 0, 0]
-
-
-def test_rows_of_whole_blocks_share_one_mask_and_others_do_not(tmp_path: Path) -> None:
-    whole = make_workshop(tmp_path / "whole", SetShape(num_samples=9))
-    cache = open_cache(whole.premasked)
-    batches: list[Batch] = [reader(cache, None).read(0, np.arange(9))]
-    shared = reader(cache, None)
-    batches += [shared.read(0, np.arange(9)), shared.read(1, np.arange(9))]
-    assert batches[1].attention_mask is batches[2].attention_mask
-    assert batches[0].attention_mask.shape[0] == 1
-    ragged = make_workshop(tmp_path / "ragged", SetShape(num_samples=9, ragged=True))
-    mask = reader(open_cache(ragged.premasked), None).read(0, np.arange(9)).attention_mask
-    assert isinstance(mask, torch.Tensor)
-    assert mask.shape[0] == 9
-    assert bool(mask.any(dim=-1).all())  # every query sees something
 
 
 def test_an_unknown_sample_is_no_silent_pass(cache: Cache) -> None:

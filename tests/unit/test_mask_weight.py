@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from benchmarks.mask_weight import generated_tables, measure, premasked_tables
 from stage1_teacher.premask import Noising, PreparedSample, draw_rows, spread_mask
 from stage2_student.aligned_rows import count_draws, decode_chunks
-from stage2_student.attention import AttentionMasks
-from stage2_student.batches import Batch, BatchReader, decode_rows
+from stage2_student.attention import BY_ROWS
+from stage2_student.batches import Batch, BatchReader, InputForm, decode_rows
 from stage2_student.compatibility import teacher_reading
 from stage2_student.losses import ce_loss, ce_per_position, mask_probability
-from stage2_student.objective import Objective, ObjectiveConfig
+from stage2_student.objective import Objective
+from stage2_student.objective_config import ObjectiveConfig
 from tests.cache_builders import (
     MASK_ID,
     NUM_IDS,
@@ -63,11 +64,14 @@ class Watched(Cache):
 
 
 def read(cache: Cache, objective: ObjectiveConfig, view: int = 1) -> Batch:
-    masks = AttentionMasks(
-        block_size=cache.manifest.block_size, implementation="sdpa", device=torch.device("cpu")
+    form = InputForm(
+        block_size=cache.manifest.block_size,
+        mask_token_id=MASK_ID,
+        attention=BY_ROWS,
+        device=torch.device("cpu"),
     )
     teacher = teacher_reading(cache, objective)
-    reader = BatchReader(cache, masks=masks, mask_token_id=MASK_ID, teacher=teacher)
+    reader = BatchReader(cache, form=form, teacher=teacher)
     return reader.read(view, np.arange(cache.num_samples))
 
 

@@ -6,20 +6,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM, Qwen3Config, Qwen3ForCausalLM
 
-from stage2_student.attention import AttentionMasks
+from stage2_student.attention import BY_ROWS
 from stage2_student.released_format import save_released
 from stage2_student.student import Student, load_model, load_student
 from stage2_student.student_source import StudentConfig, open_student, read_model_config
 from tests.cache_builders import MASK_ID, NUM_IDS, save_tokenizer, tokenizer_facts
 from tests.support import PROJECT_ROOT
 from tide_cache.errors import CompatibilityError, ConfigError, FormatError
+from tide_cache.geometry import block_diffusion_mask
 
 BLOCK = 4
 
@@ -46,65 +46,34 @@ def tiny_model(**changes: Any) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(tiny_config(**changes)).eval()
 
 
-def masks(block_size: int = BLOCK) -> AttentionMasks:
-    return AttentionMasks(block_size=block_size, implementation="sdpa", device=torch.device("cpu"))
-
-
 @torch.no_grad()
-def logits_of(
-    student: Student, xt_BL: torch.Tensor, x0_BL: torch.Tensor, lengths: list[int]
+def plain_logits(
+    model: Qwen3ForCausalLM, input_ids_1S: torch.Tensor, block_size: int = BLOCK
 ) -> torch.Tensor:
-    """Logits of the whole first half, (B, L, V)."""
-    num_rows, num_positions = xt_BL.shape
-    index_BL = torch.arange(num_rows)[:, None] * 2 * num_positions + torch.arange(num_positions)
-    hidden = student(
-        torch.cat([xt_BL, x0_BL], dim=1),
+    """Logits of the first half of one [xt, x0], (L, V): every position, every pair."""
+    num_positions = input_ids_1S.shape[1] // 2
+    visible_SS = torch.from_numpy(block_diffusion_mask(num_positions, block_size))
+    student = Student(model)
+    hidden_LD = student(
+        input_ids_1S,
         torch.arange(num_positions).repeat(2)[None],
-        masks().of(np.array(lengths), num_positions),
-        index_BL.flatten(),
+        visible_SS[None, None],
+        torch.arange(num_positions),
     )
-    logits_PV: torch.Tensor = hidden @ student.head_VD.T
-    return logits_PV.reshape(num_rows, num_positions, -1)
+    logits_LV: torch.Tensor = hidden_LD @ student.head_VD.T
+    return logits_LV
 
 
 def test_the_published_student_on_its_own_input(golden_dir: Path) -> None:
     folder = golden_dir / "models/student_tiny"
     config = read_model_config(json.loads((folder / "config.json").read_text()), where="golden")
-    model = load_model(folder, config, dtype=torch.float32, attention_implementation="sdpa")
+    model = load_model(folder, config, dtype=torch.float32, attention_implementation=BY_ROWS)
     expected = load_file(folder / "expected.safetensors")
-    input_ids_BS, logits_BLV = expected["train_input"], expected["train_logits"]
-    num_rows, num_positions = logits_BLV.shape[:2]
-    index_BL = torch.arange(num_rows)[:, None] * 2 * num_positions + torch.arange(num_positions)
-    student = Student(model)
-    with torch.no_grad():
-        hidden_PD = student(
-            input_ids_BS,
-            torch.arange(num_positions).repeat(2)[None],
-            masks(block_size=32).of(np.full(num_rows, num_positions), num_positions),
-            index_BL.flatten(),
-        )
-        logits_PV = hidden_PD @ student.head_VD.T
-    assert torch.allclose(logits_PV, logits_BLV.flatten(0, 1), atol=1e-5, rtol=0)
-
-
-def test_padding_changes_nothing() -> None:
-    student = Student(tiny_model())
-    random = torch.Generator().manual_seed(0)
-    ids_BL = torch.randint(2, 38, (4, 16), generator=random)
-    xt_BL = torch.where(torch.rand(4, 16, generator=random) < 0.4, MASK_ID, ids_BL)
-    lengths = [16, 7, 8, 1]  # whole blocks, and two that end inside a block
-    together = logits_of(student, xt_BL, ids_BL, lengths)
-    assert torch.isfinite(together).all()
-    for row, length in enumerate(lengths):
-        one = slice(row, row + 1)
-        padded = -(-length // BLOCK) * BLOCK
-        alone = logits_of(student, xt_BL[one, :padded], ids_BL[one, :padded], [length])
-        assert torch.allclose(together[row, :length], alone[0, :length], atol=2e-5, rtol=0)
-        # The padding's content is not seen either.
-        other_xt, other_x0 = xt_BL[one].clone(), ids_BL[one].clone()
-        other_xt[:, length:], other_x0[:, length:] = 5, 6
-        changed = logits_of(student, other_xt, other_x0, [length])
-        assert torch.allclose(changed[0, :length], alone[0, :length], atol=2e-5, rtol=0)
+    for input_ids_S, logits_LV in zip(
+        expected["train_input"], expected["train_logits"], strict=True
+    ):
+        found_LV = plain_logits(model, input_ids_S[None], block_size=32)
+        assert torch.allclose(found_LV, logits_LV, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -117,40 +86,49 @@ def test_padding_changes_nothing() -> None:
     ],
 )
 def test_who_sees_what(half: str, position: int, seen_by: set[int]) -> None:
-    student = Student(tiny_model())
+    model = tiny_model()
     ids_1L = torch.randint(2, 38, (1, 16), generator=torch.Generator().manual_seed(1))
     xt_1L = torch.where(torch.arange(16) % 3 == 0, MASK_ID, ids_1L)
-    before = logits_of(student, xt_1L, ids_1L, [16])
+    before_LV = plain_logits(model, torch.cat([xt_1L, ids_1L], dim=1))
     changed = {"xt": xt_1L.clone(), "x0": ids_1L.clone()}
     changed[half][0, position] = (changed[half][0, position] + 7) % 30 + 2
-    after = logits_of(student, changed["xt"], changed["x0"], [16])
-    moved_L = (after - before).abs().amax(dim=(0, 2)) > 1e-4
+    after_LV = plain_logits(model, torch.cat([changed["xt"], changed["x0"]], dim=1))
+    moved_L = (after_LV - before_LV).abs().amax(dim=1) > 1e-4
     assert set((moved_L.nonzero()[:, 0] // BLOCK).tolist()) == seen_by
 
 
 FLEX_AGAINST_SDPA = """
-import numpy as np, torch
+import torch
 from transformers import Qwen3ForCausalLM
-from stage2_student.attention import AttentionMasks
+from stage2_student.attention import BY_ROWS, FLEX, make_mask, tile_size
+from stage2_student.packing import pack_rows
 from stage2_student.student import Student
+from tests.unit.test_packing import draw_rows
 from tests.unit.test_student import tiny_config
 
 config = tiny_config(head_dim=64, hidden_size=128, num_attention_heads=2, num_key_value_heads=1)
-ids = torch.randint(2, 38, (2, 128), generator=torch.Generator().manual_seed(0))
-for lengths in ([64, 64], [64, 51]):
+for lengths in ([160, 128], [200, 37, 64]):
+    noised = draw_rows(lengths, masked=0.2)
     outputs = []
-    for implementation in ("sdpa", "flex_attention"):
+    for implementation in (BY_ROWS, FLEX):
+        tile = tile_size(implementation)
+        packed = pack_rows(noised, block_size=32, mask_token_id=39, tile=tile)
         torch.manual_seed(0)
         config._attn_implementation = implementation
         student = Student(Qwen3ForCausalLM(config).eval())
-        masks = AttentionMasks(
-            block_size=32, implementation=implementation, device=torch.device("cpu")
+        mask = make_mask(
+            packed.places, implementation=implementation, device=torch.device("cpu")
         )
-        real = torch.cat([torch.arange(n) + 128 * row for row, n in enumerate(lengths)])
         with torch.no_grad():
-            mask = masks.of(np.array(lengths), 64)
-            outputs.append(student(ids, torch.arange(64).repeat(2)[None], mask, real))
-    print("difference", float((outputs[0] - outputs[1]).abs().max()))
+            outputs.append(
+                student(
+                    torch.from_numpy(packed.ids_N)[None],
+                    torch.from_numpy(packed.position_N)[None],
+                    mask,
+                    torch.from_numpy(packed.masked_index_P),
+                )
+            )
+    print("difference", float((outputs[0] - outputs[1]).abs().max()), len(outputs[0]))
 """
 
 
@@ -247,7 +225,7 @@ def test_a_saved_student_loads_as_the_released_ones_do(
     assert type(theirs).__name__ == "A2DQwen3LMHeadModel"
     ids = torch.randint(2, 38, (2, 16), generator=torch.Generator().manual_seed(1))
     everything = torch.ones(1, 1, 16, 16, dtype=torch.bool)
-    blocks = masks().of(np.array([8, 8]), 8)
+    blocks = torch.from_numpy(block_diffusion_mask(8, BLOCK))[None, None]
     padding = torch.ones(2, 16, dtype=torch.long)
     padding[1, 11:] = 0
     for given, ours in (
