@@ -25,6 +25,8 @@ FREE_KEYS = (
     "evaluation",
     "student.attention",
     "stream.micro_batch_size",
+    "stream.workers",
+    "stream.prefetch",
 )
 
 

@@ -17,7 +17,7 @@ from tide_cache.config import StrictModel
 from tide_cache.errors import TideError
 
 METRICS_FILE = "metrics.jsonl"
-TIMING_KEYS = frozenset({"tokens_per_s", "seconds"})
+TIMING_KEYS = frozenset({"tokens_per_s", "seconds", "stall_s"})
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
 Metrics = Mapping[str, Any]
 

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from stage2_student.compatibility import check_objective, check_student
-from stage2_student.config import TrainConfig
+from stage2_student.config import TrainConfig, deciding_keys
 from stage2_student.metrics import require_trackers
 from stage2_student.stream import GlobalOrder
 from stage2_student.student import build_without_storage, check_weights
 from stage2_student.student_source import StudentSource, fetch_weights, open_student
 from tide_cache.cache import Cache, open_cache
 from tide_cache.errors import CompatibilityError
+from tide_cache.order import is_one_pool
 
 # The row groups of two windows are in use at a window's edge.
 _WINDOWS_KEPT = 2
@@ -31,6 +32,15 @@ class OpenRun:
     source: StudentSource
     order: GlobalOrder
     max_steps: int
+
+    @property
+    def deciding_keys(self) -> dict[str, Any]:
+        """The keys and values that decide what this run learns from this set."""
+        keys = deciding_keys(self.config)
+        if is_one_pool(len(self.cache.row_groups_per_shard), self.config.stream.shards_per_pool):
+            # A pool that holds the view is as good as any other, and as none.
+            keys["stream.shards_per_pool"] = None
+        return keys
 
 
 def open_run(config: TrainConfig, cache_url: str) -> OpenRun:
@@ -53,6 +63,8 @@ def open_run(config: TrainConfig, cache_url: str) -> OpenRun:
         num_views=cache.num_views,
         batch_size=config.stream.batch_size,
         groups_per_window=config.stream.groups_per_window,
+        groups_per_shard=cache.row_groups_per_shard,
+        shards_per_pool=config.stream.shards_per_pool,
     )
     max_steps = config.max_steps or (config.epochs or 1) * order.steps_per_epoch
     return OpenRun(

@@ -7,7 +7,8 @@ further, so one rank and eight train on the same batches. The last batch of an e
 left (its losses are means, so its rows weigh more, by less than one step per epoch).
 """
 
-from collections.abc import Iterator
+import time
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +17,10 @@ import numpy.typing as npt
 from pydantic import Field
 
 from stage2_student.batches import Batch, BatchReader
+from stage2_student.readers import read_ahead
 from tide_cache.config import StrictModel
 from tide_cache.errors import CompatibilityError
-from tide_cache.order import DEFAULT_GROUPS_PER_WINDOW, epoch_order
+from tide_cache.order import DEFAULT_GROUPS_PER_WINDOW, DEFAULT_SHARDS_PER_POOL, epoch_order
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -33,6 +35,15 @@ class StreamConfig(StrictModel):
     groups_per_window: int = Field(
         DEFAULT_GROUPS_PER_WINDOW, ge=1, description="row groups of 256 rows shuffled together"
     )
+    shards_per_pool: int | None = Field(
+        DEFAULT_SHARDS_PER_POOL,
+        ge=1,
+        description="shards whose row groups are shuffled together; null: all of a view",
+    )
+    workers: int = Field(
+        2, ge=0, description="threads that read ahead; 0: read when a step asks for its rows"
+    )
+    prefetch: int = Field(4, ge=1, description="steps that may be read ahead, which bounds memory")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -56,12 +67,16 @@ class GlobalOrder:
         num_views: int,
         batch_size: int,
         groups_per_window: int = DEFAULT_GROUPS_PER_WINDOW,
+        groups_per_shard: Int64Array | None = None,
+        shards_per_pool: int | None = None,
     ) -> None:
         self.seed = seed
         self.group_sizes = group_sizes
         self.num_views = num_views
         self.batch_size = batch_size
         self.groups_per_window = groups_per_window
+        self.groups_per_shard = groups_per_shard
+        self.shards_per_pool = shards_per_pool
         self.steps_per_epoch = -(-int(group_sizes.sum()) // batch_size)
         self._epoch: tuple[int, Int64Array] | None = None
 
@@ -79,7 +94,14 @@ class GlobalOrder:
 
     def _order_of(self, epoch: int) -> Int64Array:
         if self._epoch is None or self._epoch[0] != epoch:
-            order = epoch_order(self.seed, epoch, self.group_sizes, self.groups_per_window)
+            order = epoch_order(
+                self.seed,
+                epoch,
+                self.group_sizes,
+                self.groups_per_window,
+                groups_per_shard=self.groups_per_shard,
+                shards_per_pool=self.shards_per_pool,
+            )
             self._epoch = (epoch, order)
         return self._epoch[1]
 
@@ -107,10 +129,11 @@ class StepBatches:
 
 
 class StepStream:
-    """Reads the batches of consecutive steps for one rank.
+    """Reads the batches of consecutive steps for one rank, `prefetch` steps ahead of training.
 
-    Batches are made where they are asked for; a background reader can wrap `steps` without the
-    trainer knowing, because nothing in here depends on what training did.
+    Nothing in here depends on what training did, so neither does reading ahead; `workers` threads
+    (0: the caller's own) give the same batches. `stall_s` adds up the seconds for which steps were
+    waited for.
     """
 
     def __init__(
@@ -121,18 +144,37 @@ class StepStream:
         rank: int,
         world_size: int,
         micro_batch_size: int | None,
+        workers: int = 0,
+        prefetch: int = 1,
     ) -> None:
         self.order = order
+        self.stall_s = 0.0
         self._reader = reader
         self._rank = rank
         self._world_size = world_size
         self._micro_batch_size = micro_batch_size
+        self._workers = workers
+        self._prefetch = prefetch
 
-    def steps(self, first: int, stop: int) -> Iterator[StepBatches]:
-        """Yield the work of the steps [first, stop)."""
-        for step in range(first, stop):
-            rows = self.order.at(step)
-            yield StepBatches(rows=rows, batches=[self._read(rows, r) for r in self._cut(rows)])
+    def steps(self, first: int, stop: int) -> Generator[StepBatches, None, None]:
+        """Yield the work of the steps [first, stop). Close it to stop the threads early."""
+        reads = read_ahead(
+            map(self.order.at, range(first, stop)),
+            self._batches_of,
+            num_workers=self._workers,
+            num_ahead=self._prefetch,
+        )
+        try:
+            began_s = time.monotonic()
+            for work in reads:
+                self.stall_s += time.monotonic() - began_s
+                yield work
+                began_s = time.monotonic()
+        finally:
+            reads.close()
+
+    def _batches_of(self, rows: StepRows) -> StepBatches:
+        return StepBatches(rows=rows, batches=[self._read(rows, r) for r in self._cut(rows)])
 
     def _cut(self, rows: StepRows) -> list[Int64Array]:
         return rank_rows(

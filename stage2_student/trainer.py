@@ -20,7 +20,7 @@ from stage2_student.attention import attention_implementation
 from stage2_student.batches import BatchReader, InputForm
 from stage2_student.checkpoints import Checkpoint
 from stage2_student.compatibility import teacher_reading
-from stage2_student.config import TrainConfig, deciding_keys
+from stage2_student.config import TrainConfig
 from stage2_student.evaluate import Evaluation, evaluate
 from stage2_student.metrics import METRICS_FILE, MetricsFile, Tracker, open_trackers
 from stage2_student.optimizer import load_optimizer, save_optimizer
@@ -79,7 +79,7 @@ def train(
     run = open_run(config, str(cache_url))
     point = checkpoints.find_resume_point(Path(config.output), resume)
     if point is not None:
-        point.require_config(deciding_keys(config))
+        point.require_config(run.deciding_keys)
         point.stream.require_cache(run.cache.identity, where=str(point.folder))
     trainer = Trainer(run, point, progress or NoProgress())
     summary = trainer.train()
@@ -118,13 +118,15 @@ class Trainer:
         self._begin()
         clock = _TokenClock()
         last: dict[str, Any] = {}
+        steps = self.stream.steps(self.first_step, self.run.max_steps)
         try:
-            for work in self.stream.steps(self.first_step, self.run.max_steps):
+            for work in steps:
                 counts = self.updater.count(work)
                 outcome = self.updater.update(work, counts)
                 clock.add(counts.num_tokens)
                 last = self._after_step(work, counts, outcome, clock) or last
         finally:
+            steps.close()
             self.progress.close()
             for tracker in self.trackers:
                 tracker.close()
@@ -184,6 +186,7 @@ class Trainer:
             "num_chunks": counts.denominators.chunks,
             "num_tokens": counts.num_tokens,
             "tokens_per_s": clock.lap(),
+            "stall_s": round(self.stream.stall_s, 3),
         }
 
     def _require_finite(self, metrics: dict[str, Any]) -> None:
@@ -231,7 +234,7 @@ class Trainer:
             checkpoints.write_checkpoint(
                 self.output,
                 StreamState(num_steps_done=done, cache_identity=self.run.cache.identity),
-                deciding_keys=deciding_keys(self.config),
+                deciding_keys=self.run.deciding_keys,
                 config=self.config.model_dump(mode="json"),
                 write_files=self._write_checkpoint_files,
                 keep=self.config.checkpoints.keep,
@@ -317,6 +320,8 @@ class Trainer:
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
             micro_batch_size=self.config.stream.micro_batch_size,
+            workers=self.config.stream.workers,
+            prefetch=self.config.stream.prefetch,
         )
 
 

@@ -2,11 +2,16 @@
 
 Rows of a view are numbered 0..num_samples-1 through the shards in the manifest's order. Row groups
 that were read are kept, a bounded number of them; opening a shard checks its size and its row
-count against the manifest, reading verifies page checksums.
+count against the manifest, reading verifies page checksums. Threads may read at the same time: a
+row group is decoded by one of them, and while it is, the others go on with the groups they need
+besides.
 """
 
+import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -21,8 +26,9 @@ from tide_cache.shards import ROWS_PER_GROUP, open_shard, read_row_groups
 from tide_cache.store import Store
 from tide_cache.writer import read_manifest
 
-_OPEN_FILES = 8
+_IDLE_FILES = 8
 DEFAULT_GROUPS_KEPT = 32
+GroupKey = tuple[str, int, tuple[str, ...]]
 
 
 class Cache:
@@ -38,8 +44,9 @@ class Cache:
         self.store = store
         self.manifest = manifest
         self._num_groups_kept = num_groups_kept
-        self._files: OrderedDict[str, pq.ParquetFile] = OrderedDict()
-        self._groups: OrderedDict[tuple[str, int, tuple[str, ...]], pa.Table] = OrderedDict()
+        self._lock = threading.Lock()  # of the two below, never held while something is read
+        self._idle_files: OrderedDict[str, pq.ParquetFile] = OrderedDict()
+        self._groups: OrderedDict[GroupKey, Future[pa.Table]] = OrderedDict()
 
     @property
     def url(self) -> str:
@@ -64,11 +71,13 @@ class Cache:
     @cached_property
     def row_group_sizes(self) -> npt.NDArray[np.int64]:
         """Number of rows of each row group of a view, in order; the same for every view."""
-        sizes: list[int] = []
-        for shard in self._shards_of(0):
-            whole, rest = divmod(shard.num_rows, ROWS_PER_GROUP)
-            sizes += [ROWS_PER_GROUP] * whole + ([rest] if rest else [])
+        sizes = [size for shard in self._shards_of(0) for size in _group_sizes(shard)]
         return np.asarray(sizes, dtype=np.int64)
+
+    @cached_property
+    def row_groups_per_shard(self) -> npt.NDArray[np.int64]:
+        """Number of row groups of each shard of a view, in order; the same for every view."""
+        return np.asarray([len(_group_sizes(s)) for s in self._shards_of(0)], dtype=np.int64)
 
     def read_rows(
         self, view: int, rows: Sequence[int] | npt.NDArray[np.integer], columns: Sequence[str] = ()
@@ -87,23 +96,25 @@ class Cache:
         shard_of = np.searchsorted(self._starts, wanted, side="right") - 1
         local = wanted - self._starts[shard_of]
         group_of = local // ROWS_PER_GROUP
-        pieces, origin, offset = [], np.empty(len(wanted), dtype=np.int64), 0
-        for shard, group in sorted(set(zip(shard_of.tolist(), group_of.tolist(), strict=True))):
-            table = self._group(shards[shard], group, names)
+        wanted_groups = sorted(set(zip(shard_of.tolist(), group_of.tolist(), strict=True)))
+        tables = self._read_groups([(shards[s], group) for s, group in wanted_groups], names)
+        origin, offset = np.empty(len(wanted), dtype=np.int64), 0
+        for (shard, group), table in zip(wanted_groups, tables, strict=True):
             here = np.flatnonzero((shard_of == shard) & (group_of == group))
             origin[here] = offset + local[here] - group * ROWS_PER_GROUP
-            pieces.append(table)
             offset += table.num_rows
-        if not pieces:
+        if not tables:
             return self._empty(shards, names)
-        return pa.concat_tables(pieces).take(pa.array(origin)).combine_chunks()
+        return pa.concat_tables(tables).take(pa.array(origin)).combine_chunks()
 
     def close(self) -> None:
-        """Close the open shards and forget what was read."""
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
-        self._groups.clear()
+        """Close the open shards and forget what was read; nobody may be reading."""
+        with self._lock:
+            files = list(self._idle_files.values())
+            self._idle_files.clear()
+            self._groups.clear()
+        for file in files:
+            file.close(force=True)
 
     @cached_property
     def _starts(self) -> npt.NDArray[np.int64]:
@@ -120,36 +131,72 @@ class Cache:
     def _shards_of(self, view: int) -> list[ShardFacts]:
         return self._by_view[view]
 
-    def _group(self, shard: ShardFacts, group: int, columns: tuple[str, ...]) -> pa.Table:
-        key = (shard.path, group, columns)
-        if key in self._groups:
-            self._groups.move_to_end(key)
-            return self._groups[key]
-        file = self._file(shard)
-        table = read_row_groups(self.store, shard.path, file, [group], list(columns) or None)
-        self._groups[key] = table.replace_schema_metadata(None)
-        if len(self._groups) > self._num_groups_kept:
-            self._groups.popitem(last=False)
-        return self._groups[key]
+    def _read_groups(
+        self, groups: Sequence[tuple[ShardFacts, int]], columns: tuple[str, ...]
+    ) -> list[pa.Table]:
+        """Return row groups, decoding those that nobody has decoded or is about to."""
+        futures = []
+        for shard, group in groups:
+            future, is_mine = self._claim((shard.path, group, columns))
+            if is_mine:
+                self._decode(shard, group, columns, future)
+            futures.append(future)
+        return [future.result() for future in futures]
 
-    def _file(self, shard: ShardFacts) -> pq.ParquetFile:
-        if shard.path in self._files:
-            self._files.move_to_end(shard.path)
-            return self._files[shard.path]
-        file = open_shard(self.store, shard.path)
-        self._check_opened(shard, file)
-        self._files[shard.path] = file
-        if len(self._files) > _OPEN_FILES:
-            self._files.popitem(last=False)[1].close()
-        return file
+    def _claim(self, key: GroupKey) -> tuple[Future[pa.Table], bool]:
+        """Return the future of a row group, and whether the caller has to fulfil it."""
+        with self._lock:
+            if key in self._groups:
+                self._groups.move_to_end(key)
+                return self._groups[key], False
+            future: Future[pa.Table] = Future()
+            self._groups[key] = future
+            if len(self._groups) > self._num_groups_kept:
+                self._groups.popitem(last=False)
+            return future, True
+
+    def _decode(
+        self, shard: ShardFacts, group: int, columns: tuple[str, ...], future: Future[pa.Table]
+    ) -> None:
+        try:
+            with self._opened(shard) as file:
+                table = read_row_groups(
+                    self.store, shard.path, file, [group], list(columns) or None
+                )
+            future.set_result(table.replace_schema_metadata(None))
+        except BaseException as error:
+            with self._lock:  # the next who asks shall try again
+                self._groups.pop((shard.path, group, columns), None)
+            future.set_exception(error)
+            raise
+
+    @contextmanager
+    def _opened(self, shard: ShardFacts) -> Iterator[pq.ParquetFile]:
+        """Lend an open shard to one thread; two that want it at once each have their own."""
+        with self._lock:
+            file = self._idle_files.pop(shard.path, None)
+        if file is None:
+            file = open_shard(self.store, shard.path)
+            self._check_opened(shard, file)
+        try:
+            yield file
+        finally:
+            self._put_back(shard.path, file)
+
+    def _put_back(self, path: str, file: pq.ParquetFile) -> None:
+        with self._lock:
+            surplus = [self._idle_files.pop(path)] if path in self._idle_files else []
+            self._idle_files[path] = file
+            if len(self._idle_files) > _IDLE_FILES:
+                surplus.append(self._idle_files.popitem(last=False)[1])
+        for old in surplus:
+            old.close(force=True)
 
     def _check_opened(self, shard: ShardFacts, file: pq.ParquetFile) -> None:
         groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-        whole = [ROWS_PER_GROUP] * (shard.num_rows // ROWS_PER_GROUP)
-        rest = [shard.num_rows % ROWS_PER_GROUP] if shard.num_rows % ROWS_PER_GROUP else []
         size_bytes = self.store.size_bytes(shard.path)
-        if size_bytes != shard.size_bytes or groups != whole + rest:
-            file.close()
+        if size_bytes != shard.size_bytes or groups != _group_sizes(shard):
+            file.close(force=True)
             raise FormatError(
                 f"shard {shard.path}: expected {shard.num_rows} rows in {shard.size_bytes} bytes, "
                 f"got {sum(groups)} rows in {size_bytes} bytes",
@@ -159,7 +206,13 @@ class Cache:
     def _empty(self, shards: list[ShardFacts], columns: tuple[str, ...]) -> pa.Table:
         if not shards:
             raise FormatError(f"{self.url}: the set has no rows")
-        return self._group(shards[0], 0, columns).slice(0, 0)
+        return self._read_groups([(shards[0], 0)], columns)[0].slice(0, 0)
+
+
+def _group_sizes(shard: ShardFacts) -> list[int]:
+    """Return the number of rows of each row group of a shard."""
+    whole, rest = divmod(shard.num_rows, ROWS_PER_GROUP)
+    return [ROWS_PER_GROUP] * whole + ([rest] if rest else [])
 
 
 def open_cache(url: str | Path, *, num_groups_kept: int = DEFAULT_GROUPS_KEPT) -> Cache:

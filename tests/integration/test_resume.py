@@ -170,6 +170,7 @@ def test_a_run_stopped_before_its_last_file_is_completed(
         ({"optimizer": {"learning_rate": 0.1}}, r"optimizer\.learning_rate"),
         ({"objective": {"losses": {"ce": 1.0, "tidal": 2.0}}}, r"objective\.losses .*'tidal': 2"),
         ({"stream": {"batch_size": 4}}, r"stream\.batch_size \(begun with 8, now 4\)"),
+        ({"stream": {"batch_size": 8, "groups_per_window": 2}}, r"stream\.groups_per_window"),
     ],
 )
 def test_a_changed_run_is_refused_by_key(
@@ -187,6 +188,8 @@ def test_where_and_how_often_may_change(workshop: Workshop, tmp_path: Path) -> N
     changes: dict[str, Any] = {
         "checkpoints": {"every": 4, "keep": 1},
         "evaluation": {"cache": str(workshop.premasked)},
+        # One shard a view is one pool, whatever a pool may hold.
+        "stream": {"batch_size": 8, "workers": 3, "prefetch": 2, "shards_per_pool": None},
     }
     assert run(workshop, tmp_path / "moved", **changes).resumed_from_step == 5
     trained = [line for line in losses_of(tmp_path / "moved") if "loss" in line]
@@ -267,3 +270,36 @@ def test_a_state_of_another_version_is_refused(workshop: Workshop, tmp_path: Pat
     path.write_text(json.dumps({**json.loads(path.read_text()), "state_version": 9}))
     with pytest.raises(FormatError, match="state_version: this program reads 1, got 9"):
         run(workshop, tmp_path)
+
+
+def test_a_checkpoint_from_before_there_were_pools(tmp_path: Path) -> None:
+    """It goes on where the order is the same, and is refused by name where it is another."""
+    small = SetShape(num_samples=60, samples_per_task=15, max_blocks=6)
+    workshop = make_workshop(tmp_path / "workshop", small)
+    whole: dict[str, Any] = {"batch_size": 8, "shards_per_pool": None}
+    run_until(workshop, tmp_path / "old", 7, stream=whole)
+    path = tmp_path / "old/checkpoints/step-00000005/state.json"
+    state = json.loads(path.read_text())
+    assert state["deciding_keys"].pop("stream.shards_per_pool") is None
+    path.write_text(json.dumps(state))
+    with pytest.raises(CompatibilityError, match=r"stream\.shards_per_pool \(begun with None, now"):
+        run(workshop, tmp_path / "old", stream={"batch_size": 8, "shards_per_pool": 2})
+    assert run(workshop, tmp_path / "old").resumed_from_step == 5
+    run(workshop, tmp_path / "straight", stream=whole)
+    assert losses_of(tmp_path / "old") == losses_of(tmp_path / "straight")
+
+
+def test_pools_and_workers_to_the_bit(tmp_path: Path) -> None:
+    """Several shards, pools of two, stopped in the second epoch, other readers afterwards."""
+    small = SetShape(num_samples=60, samples_per_task=9, max_blocks=6)
+    workshop = make_workshop(tmp_path / "workshop", small)
+    stream = {"batch_size": 8, "shards_per_pool": 2, "groups_per_window": 1}
+    run(workshop, tmp_path / "straight", stream={**stream, "workers": 0})
+    run_until(workshop, tmp_path / "stopped", 9, stream={**stream, "workers": 3, "prefetch": 7})
+    summary = run(workshop, tmp_path / "stopped", stream={**stream, "workers": 1, "prefetch": 1})
+    assert summary.resumed_from_step == 5
+    assert losses_of(tmp_path / "stopped") == losses_of(tmp_path / "straight")
+    assert same_weights(tmp_path / "stopped", tmp_path / "straight")
+    other = {"batch_size": 8, "groups_per_window": 1}
+    run(workshop, tmp_path / "whole", stream=other)
+    assert losses_of(tmp_path / "whole") != losses_of(tmp_path / "straight")
