@@ -59,7 +59,11 @@ class StudentConfig(StrictModel):
     tokenizer: str | None = Field(None, description="folder or hub name; default: that of init")
     mask_token: str = "<|mask|>"
     architecture: Architecture | None = Field(None, description="for init: random")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the weights")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="of the weights and their gradients: 8 or 4 bytes a parameter. bfloat16 is "
+        "updated in float32 and rounded stochastically (needs torchao)",
+    )
     attention: Attention = Field("auto", description="auto: flex on a GPU, sdpa elsewhere")
     block_size: int | None = Field(None, ge=1, description="default: what the cache says")
 

@@ -121,11 +121,23 @@ def test_every_kind_of_point_resumes(workshop: Workshop, tmp_path: Path, stop: i
     assert same_weights(tmp_path / "stopped", tmp_path / "straight")
 
 
-def test_bfloat16_weights_resume_to_the_bit(workshop: Workshop, tmp_path: Path) -> None:
-    student = {**workshop.config()["student"], "dtype": "bfloat16"}
-    run(workshop, tmp_path / "straight", student=student)
-    run_until(workshop, tmp_path / "stopped", 7, student=student)
-    assert run(workshop, tmp_path / "stopped", student=student).resumed_from_step == 5
+@pytest.mark.parametrize(
+    ("dtype", "state"), [("bfloat16", "float32"), ("bfloat16", "8bit"), ("float32", "8bit")]
+)
+def test_few_bits_resume_to_the_bit(
+    workshop: Workshop, tmp_path: Path, dtype: str, state: str
+) -> None:
+    student = workshop.config()["student"]
+    wide = {**student["architecture"], "hidden_size": 64}  # matrices of whole blocks of 8 bits
+    changes: dict[str, Any] = {
+        "student": {**student, "dtype": dtype, "architecture": wide},
+        "optimizer": {"learning_rate": 0.01, "state": state},
+    }
+    run(workshop, tmp_path / "straight", **changes)
+    run_until(workshop, tmp_path / "stopped", 7, **changes)
+    saved = load_file(tmp_path / "stopped/checkpoints/step-00000005/optimizer.safetensors")
+    assert any(".codes/" in name for name in saved) == (state == "8bit")
+    assert run(workshop, tmp_path / "stopped", **changes).resumed_from_step == 5
     assert losses_of(tmp_path / "stopped") == losses_of(tmp_path / "straight")
     assert same_weights(tmp_path / "stopped", tmp_path / "straight")
 
