@@ -205,6 +205,33 @@ def test_where_and_how_often_may_change(workshop: Workshop, tmp_path: Path) -> N
     assert trained == losses_of(tmp_path / "straight")
 
 
+def test_activation_checkpointing_may_change_and_changes_no_bit(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    student = {**workshop.config()["student"], "activation_checkpointing": True}
+    run(workshop, tmp_path / "straight")
+    run_until(workshop, tmp_path / "stopped", 7)
+    assert run(workshop, tmp_path / "stopped", student=student).resumed_from_step == 5
+    assert losses_of(tmp_path / "stopped") == losses_of(tmp_path / "straight")
+    assert same_weights(tmp_path / "stopped", tmp_path / "straight")
+
+
+@pytest.mark.slow
+def test_compiled_layers_learn_the_same(workshop: Workshop, tmp_path: Path) -> None:
+    """Beside an optimiser that must not be compiled, and with checkpointing around the layers."""
+    student = {**workshop.config()["student"], "dtype": "bfloat16"}
+    compiled = {**student, "compile": True, "activation_checkpointing": True}
+    run(workshop, tmp_path / "plain", student=student)
+    run(workshop, tmp_path / "compiled", student=compiled)
+    plain, found = losses_of(tmp_path / "plain"), losses_of(tmp_path / "compiled")
+    for one, other in zip(plain, found, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=0.02)
+    names = [
+        set(load_file(tmp_path / x / "final/model.safetensors")) for x in ("plain", "compiled")
+    ]
+    assert names[0] == names[1]
+
+
 def test_another_cache_is_refused(workshop: Workshop, tmp_path: Path) -> None:
     run_until(workshop, tmp_path / "run", 7)
     other = Workshop(folder=tmp_path)
