@@ -24,6 +24,8 @@ FREE_KEYS = (
     "metrics",
     "evaluation",
     "student.attention",
+    "student.activation_checkpointing",
+    "student.compile",
     "stream.micro_batch_size",
     "stream.workers",
     "stream.prefetch",

@@ -11,6 +11,7 @@ from typing import Any
 from stage2_student.compatibility import check_objective, check_student
 from stage2_student.config import TrainConfig, deciding_keys
 from stage2_student.metrics import require_trackers
+from stage2_student.optimizer import require_optimizer
 from stage2_student.stream import GlobalOrder
 from stage2_student.student import build_without_storage, check_weights
 from stage2_student.student_source import StudentSource, fetch_weights, open_student
@@ -46,6 +47,7 @@ class OpenRun:
 def open_run(config: TrainConfig, cache_url: str) -> OpenRun:
     """Open and check a run. Raises ConfigError, CompatibilityError, FormatError, StorageError."""
     require_trackers(config.metrics.report_to)
+    require_optimizer(config.optimizer, config.student.dtype)
     groups = config.stream.groups_per_window * _WINDOWS_KEPT
     cache = open_cache(cache_url, num_groups_kept=groups)
     if not cache.num_samples:

@@ -27,6 +27,7 @@ from stage2_student.optimizer import load_optimizer, save_optimizer
 from stage2_student.plan import OpenRun, open_run
 from stage2_student.progress import NoProgress, TrainProgress
 from stage2_student.released_format import save_released
+from stage2_student.running import set_up_layers
 from stage2_student.schedules import lambda_train
 from stage2_student.stream import StepBatches, StepStream, StreamState
 from stage2_student.student import Student, load_model, load_student
@@ -96,7 +97,7 @@ class Trainer:
         self.accelerator = make_accelerator(run.config)
         self.progress = progress if self.is_main else NoProgress()
         self.first_step = 0 if point is None else point.step
-        student = Student(self._load(point)).train()
+        student = Student(set_up_layers(self._load(point), run.config.student)).train()
         self.updater = Updater(student, run.config, self.accelerator, max_steps=run.max_steps)
         self.student = self.updater.student
         if point is not None:

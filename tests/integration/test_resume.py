@@ -121,11 +121,23 @@ def test_every_kind_of_point_resumes(workshop: Workshop, tmp_path: Path, stop: i
     assert same_weights(tmp_path / "stopped", tmp_path / "straight")
 
 
-def test_bfloat16_weights_resume_to_the_bit(workshop: Workshop, tmp_path: Path) -> None:
-    student = {**workshop.config()["student"], "dtype": "bfloat16"}
-    run(workshop, tmp_path / "straight", student=student)
-    run_until(workshop, tmp_path / "stopped", 7, student=student)
-    assert run(workshop, tmp_path / "stopped", student=student).resumed_from_step == 5
+@pytest.mark.parametrize(
+    ("dtype", "state"), [("bfloat16", "float32"), ("bfloat16", "8bit"), ("float32", "8bit")]
+)
+def test_few_bits_resume_to_the_bit(
+    workshop: Workshop, tmp_path: Path, dtype: str, state: str
+) -> None:
+    student = workshop.config()["student"]
+    wide = {**student["architecture"], "hidden_size": 64}  # matrices of whole blocks of 8 bits
+    changes: dict[str, Any] = {
+        "student": {**student, "dtype": dtype, "architecture": wide},
+        "optimizer": {"learning_rate": 0.01, "state": state},
+    }
+    run(workshop, tmp_path / "straight", **changes)
+    run_until(workshop, tmp_path / "stopped", 7, **changes)
+    saved = load_file(tmp_path / "stopped/checkpoints/step-00000005/optimizer.safetensors")
+    assert any(".codes/" in name for name in saved) == (state == "8bit")
+    assert run(workshop, tmp_path / "stopped", **changes).resumed_from_step == 5
     assert losses_of(tmp_path / "stopped") == losses_of(tmp_path / "straight")
     assert same_weights(tmp_path / "stopped", tmp_path / "straight")
 
@@ -194,6 +206,33 @@ def test_where_and_how_often_may_change(workshop: Workshop, tmp_path: Path) -> N
     assert run(workshop, tmp_path / "moved", **changes).resumed_from_step == 5
     trained = [line for line in losses_of(tmp_path / "moved") if "loss" in line]
     assert trained == losses_of(tmp_path / "straight")
+
+
+def test_activation_checkpointing_may_change_and_changes_no_bit(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    student = {**workshop.config()["student"], "activation_checkpointing": True}
+    run(workshop, tmp_path / "straight")
+    run_until(workshop, tmp_path / "stopped", 7)
+    assert run(workshop, tmp_path / "stopped", student=student).resumed_from_step == 5
+    assert losses_of(tmp_path / "stopped") == losses_of(tmp_path / "straight")
+    assert same_weights(tmp_path / "stopped", tmp_path / "straight")
+
+
+@pytest.mark.slow
+def test_compiled_layers_learn_the_same(workshop: Workshop, tmp_path: Path) -> None:
+    """Beside an optimiser that must not be compiled, and with checkpointing around the layers."""
+    student = {**workshop.config()["student"], "dtype": "bfloat16"}
+    compiled = {**student, "compile": True, "activation_checkpointing": True}
+    run(workshop, tmp_path / "plain", student=student)
+    run(workshop, tmp_path / "compiled", student=compiled)
+    plain, found = losses_of(tmp_path / "plain"), losses_of(tmp_path / "compiled")
+    for one, other in zip(plain, found, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=0.02)
+    names = [
+        set(load_file(tmp_path / x / "final/model.safetensors")) for x in ("plain", "compiled")
+    ]
+    assert names[0] == names[1]
 
 
 def test_another_cache_is_refused(workshop: Workshop, tmp_path: Path) -> None:
