@@ -20,7 +20,8 @@ from torch import Tensor
 from stage2_student.attention import BY_ROWS
 from stage2_student.batches import Batch, BatchReader, InputForm
 from stage2_student.compatibility import candidates_reading
-from stage2_student.fused import plan_slices
+from stage2_student.fused import TableGradient, Values, plan_slices
+from stage2_student.insight import NUM_BUCKETS, bucket_name, bucket_of
 from stage2_student.objective import Objective
 from stage2_student.objective_config import ObjectiveConfig
 from stage2_student.student import Student
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from transformers import Qwen3ForCausalLM
 
 logger = logging.getLogger(__name__)
-NUM_BUCKETS = 4
 _MIN_PROBABILITY = 1e-7
 
 
@@ -127,17 +127,19 @@ def _measure(student: Student, batch: Batch) -> tuple[Tensor, Tensor | None, Ten
     objective = Objective(ObjectiveConfig(losses=losses, temperature=1.0))
     slices = plan_slices(batch, len(student.head_VD))
     batch = batch.to(student.head_VD.device)
-    hidden_PD = student(
-        batch.input_ids_1N, batch.position_ids_1N, batch.attention_mask, batch.masked_index_P
+    denominators = objective.denominators(batch)
+
+    def values_of(hidden_PD: Tensor, head_VD: Tensor, _table: TableGradient | None) -> Values:
+        losses = objective(hidden_PD, head_VD, batch, denominators, progress=0.0, slices=slices)
+        return losses.values
+
+    values = student(
+        batch.input_ids_1N,
+        batch.position_ids_1N,
+        batch.attention_mask,
+        batch.masked_index_P,
+        values_of,
     )
-    values = objective(
-        hidden_PD,
-        student.head_VD,
-        batch,
-        objective.denominators(batch),
-        progress=0.0,
-        slices=slices,
-    ).values
     chunks, chunk_kl_C = batch.teacher.chunks, None
     if chunks is not None and values.logprob_C is not None:
         chunk_kl_C = binary_kl(chunks.logprob_C, values.logprob_C)
@@ -173,16 +175,13 @@ class _Sums:
             self._add(2, batch.teacher.chunks.timestep_C, chunk_kl_C)
 
     def _add(self, figure: int, timestep_X: Tensor, value_X: Tensor) -> None:
-        bucket_X = (timestep_X.cpu() * NUM_BUCKETS).long().clamp_max(NUM_BUCKETS - 1)
+        bucket_X = bucket_of(timestep_X.cpu())
         self._sum_3N[figure].index_add_(0, bucket_X, value_X.double().cpu())
         self._count_3N[figure].index_add_(0, bucket_X, torch.ones_like(bucket_X))
 
     def evaluation(self) -> Evaluation:
         by_timestep = {
-            f"t{i / NUM_BUCKETS:.2f}-{(i + 1) / NUM_BUCKETS:.2f}": Figures(
-                **self._of(slice(i, i + 1))
-            )
-            for i in range(NUM_BUCKETS)
+            bucket_name(i): Figures(**self._of(slice(i, i + 1))) for i in range(NUM_BUCKETS)
         }
         return Evaluation(**self._of(slice(None)), by_timestep=by_timestep)
 

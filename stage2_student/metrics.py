@@ -1,6 +1,6 @@
 """What a run reports: one JSON object a line, always; TensorBoard, W&B or trackio by name.
 
-`metrics.jsonl` is the record. Everything in it but `TIMING_KEYS` is a pure function of config and
+`metrics.jsonl` is the record. Everything in it but `MEASURED_KEYS` is a pure function of config and
 cache (on the CPU to the bit), so a resumed run cuts the lines behind its checkpoint and writes them
 again. Trackers are imported when a config asks for them, before the model is loaded.
 """
@@ -17,7 +17,7 @@ from tide_cache.config import StrictModel
 from tide_cache.errors import TideError
 
 METRICS_FILE = "metrics.jsonl"
-TIMING_KEYS = frozenset({"tokens_per_s", "seconds", "stall_s"})
+MEASURED_KEYS = frozenset({"tokens_per_s", "seconds", "stall_s", "peak_memory_gb"})
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
 Metrics = Mapping[str, Any]
 

@@ -17,7 +17,9 @@ from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from stage2_student.sharded import fill, whole
 from tide_cache.config import StrictModel
 from tide_cache.errors import ConfigError, FormatError
 
@@ -107,17 +109,22 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
             group["lr"] = rate
 
 
-def save_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, path: Path) -> None:
-    """Write the optimiser's state, `<key>/<parameter name>` each.
+def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """Return the optimiser's state on the CPU, `<key>/<parameter name>` each.
 
-    A moment in 8 bits is several tensors: `<key>.codes/<parameter name>` and so on.
+    A moment in 8 bits is several tensors: `<key>.codes/<parameter name>` and so on. Of a model that
+    is spread over ranks every rank must ask.
     """
     name_of: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
-    tensors = {
-        f"{key}/{name_of[parameter]}": value.detach().cpu().contiguous()
+    return {
+        f"{key}/{name_of[parameter]}": whole(value)
         for parameter, state in optimizer.state.items()
         for key, value in _stored(state).items()
     }
+
+
+def save_optimizer(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write what `optimizer_tensors` returned."""
     save_file(tensors, path)
 
 
@@ -143,7 +150,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, path: Pat
                     f"{path}: {key}/{name}: expected {value.dtype} {tuple(value.shape)}, got "
                     f"{found.dtype} {tuple(found.shape)}"
                 )
-            value.copy_(found)
+            fill(value, found)
     if tensors:
         raise FormatError(f"{path}: {min(tensors)} does not fit the model")
     optimizer.state.update(states)
@@ -153,7 +160,7 @@ def _stored(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the plain tensors of a parameter's state, those inside of a wrapper by its key."""
     plain: dict[str, Tensor] = {}
     for key, value in state.items():
-        if type(value) is Tensor:
+        if type(value) is Tensor or isinstance(value, DTensor):
             plain[key] = value
         else:
             parts, _ = value.__tensor_flatten__()  # type: ignore[attr-defined]

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from stage2_student import modeling_a2d_qwen3
+from stage2_student.sharded import whole
 from tide_cache.canonical import pretty_json
 
 if TYPE_CHECKING:
@@ -38,17 +39,19 @@ def save_released(
     *,
     block_size: int | None = None,
     mask_token_id: int | None = None,
+    tensors: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Write weights, config, modeling code and tokenizer into an existing folder.
 
     `block_size` and `mask_token_id` are what the student was trained with; they are recorded in
-    the config. Weights keep their dtype, so that loading them gives the same bits.
+    the config. Weights keep their dtype, so that loading them gives the same bits; `tensors` are
+    what `weights` returned, where that was asked before.
     """
     config = released_config(model.config, dtype=model.dtype)
     config |= {"block_size": block_size, "mask_token_id": mask_token_id}
     (folder / "config.json").write_bytes(pretty_json(config))
     shutil.copyfile(str(modeling_a2d_qwen3.__file__), folder / _MODELING_FILE)
-    save_file(weights(model), folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    save_file(tensors or weights(model), folder / WEIGHTS_FILE, metadata={"format": "pt"})
     # safetensors makes files that only their owner may read; folders are handed on.
     shutil.copymode(folder / "config.json", folder / WEIGHTS_FILE)
     if tokenizer is not None:
@@ -83,8 +86,11 @@ def _save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
 
 
 def weights(model: "Qwen3ForCausalLM") -> dict[str, torch.Tensor]:
-    """Return the model's weights by name, without a head that is the embedding."""
-    tensors = {name: t.detach().contiguous() for name, t in model.state_dict().items()}
+    """Return the model's weights by name, on the CPU, without a head that is the embedding.
+
+    Of a model that is spread over ranks every rank must ask.
+    """
+    tensors = model.state_dict()
     if model.config.tie_word_embeddings:
         tensors.pop(_HEAD, None)
-    return {name: tensor.cpu() for name, tensor in tensors.items()}
+    return {name: whole(tensor) for name, tensor in tensors.items()}

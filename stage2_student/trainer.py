@@ -9,7 +9,9 @@ import json
 import logging
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +25,12 @@ from stage2_student.compatibility import teacher_reading
 from stage2_student.config import TrainConfig
 from stage2_student.evaluate import Evaluation, evaluate
 from stage2_student.metrics import METRICS_FILE, MetricsFile, Tracker, open_trackers
-from stage2_student.optimizer import load_optimizer, save_optimizer
+from stage2_student.optimizer import load_optimizer, optimizer_tensors, save_optimizer
 from stage2_student.plan import OpenRun, open_run
 from stage2_student.progress import NoProgress, TrainProgress
-from stage2_student.released_format import save_released
+from stage2_student.released_format import save_released, weights
 from stage2_student.running import set_up_layers
-from stage2_student.schedules import lambda_train
+from stage2_student.step_report import Meter, peak_memory_bytes, step_metrics
 from stage2_student.stream import StepBatches, StepStream, StreamState
 from stage2_student.student import Student, load_model, load_student
 from stage2_student.student_source import read_model_config
@@ -46,7 +48,10 @@ SUMMARY_FILE = "summary.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainSummary:
-    """What a run came to. `seconds` and `tokens_per_s` are of this process, not of earlier ones."""
+    """What a run came to. The last four are of this process, not of earlier ones.
+
+    `stall_s`: seconds waited for data; `peak_memory_gb`: of the GPU, or of the process.
+    """
 
     output: str
     final: str
@@ -58,6 +63,8 @@ class TrainSummary:
     evaluation: dict[str, Any] | None
     seconds: float
     tokens_per_s: float
+    stall_s: float = 0.0
+    peak_memory_gb: float = 0.0
 
     def as_json(self) -> dict[str, Any]:
         """Return the summary as JSON values."""
@@ -117,78 +124,50 @@ class Trainer:
         """Run all steps that are left, save the student, and return the summary."""
         began_s = time.monotonic()
         self._begin()
-        clock = _TokenClock()
+        meter = Meter(self.stream, self.accelerator.device)
         last: dict[str, Any] = {}
         steps = self.stream.steps(self.first_step, self.run.max_steps)
         try:
             for work in steps:
                 counts = self.updater.count(work)
-                outcome = self.updater.update(work, counts)
-                clock.add(counts.num_tokens)
-                last = self._after_step(work, counts, outcome, clock) or last
+                reports = self._reports(work.rows.step + 1)
+                outcome = self.updater.update(work, counts, wants_insight=reports)
+                meter.add(counts.num_tokens)
+                if reports:
+                    last = self._report_step(work, counts, outcome, meter)
+                self._after_step(work.rows.step + 1)
         finally:
             steps.close()
             self.progress.close()
             for tracker in self.trackers:
                 tracker.close()
-        return self._finish(last, time.monotonic() - began_s, clock)
+        return self._finish(last, time.monotonic() - began_s, meter)
 
-    def _after_step(
-        self,
-        work: StepBatches,
-        counts: StepCounts,
-        outcome: StepOutcome,
-        clock: "_TokenClock",
-    ) -> dict[str, Any] | None:
-        """Report, evaluate and save where it is time. Returns the metrics if they were written."""
-        done = work.rows.step + 1
-        is_end = done == self.run.max_steps
-        saves = is_end or done % self.config.checkpoints.every == 0
-        metrics = None
-        if saves or done % self.config.metrics.every == 0:
-            metrics = self._metrics(work, counts, outcome, clock)
-            self._require_finite(metrics)
-            self._report(done, metrics)
-            self.progress.update(done, metrics["loss"], metrics["tokens_per_s"])
-        every = self.config.evaluation.every
-        if is_end or (every is not None and done % every == 0):
-            self._evaluate(done)
-        if saves:
-            self._save(done)
+    def _saves(self, done: int) -> bool:
+        return done == self.run.max_steps or done % self.config.checkpoints.every == 0
+
+    def _reports(self, done: int) -> bool:
+        return self._saves(done) or done % self.config.metrics.every == 0
+
+    def _report_step(
+        self, work: StepBatches, counts: StepCounts, outcome: StepOutcome, meter: Meter
+    ) -> dict[str, Any]:
+        metrics = step_metrics(
+            work, counts, outcome, updater=self.updater, accelerator=self.accelerator
+        )
+        metrics |= meter.lap()
+        self._require_finite(metrics)
+        self._report(metrics["step"], metrics)
+        self.progress.update(metrics["step"], metrics["loss"], metrics["tokens_per_s"])
         return metrics
 
-    def _metrics(
-        self,
-        work: StepBatches,
-        counts: StepCounts,
-        outcome: StepOutcome,
-        clock: "_TokenClock",
-    ) -> dict[str, Any]:
-        step = work.rows.step
-        values = torch.stack([share.double() for share in outcome.shares.values()])
-        if self.accelerator.num_processes > 1:
-            values = self.accelerator.reduce(values, reduction="sum")
-        objective = self.config.objective
-        return {
-            "step": step + 1,
-            "epoch": work.rows.epoch,
-            "view": work.rows.view,
-            **dict(zip(outcome.shares, values.tolist(), strict=True)),
-            "grad_norm": float(outcome.grad_norm),
-            "learning_rate": self.updater.learning_rate(step),
-            "lambda": lambda_train(
-                self.updater.progress(step),
-                objective.lambda_init,
-                objective.lambda_max,
-                objective.schedule,
-            ),
-            "num_masked": counts.num_masked,
-            "num_candidates": counts.denominators.candidates,
-            "num_chunks": counts.denominators.chunks,
-            "num_tokens": counts.num_tokens,
-            "tokens_per_s": clock.lap(),
-            "stall_s": round(self.stream.stall_s, 3),
-        }
+    def _after_step(self, done: int) -> None:
+        """Evaluate and save where it is time."""
+        every = self.config.evaluation.every
+        if done == self.run.max_steps or (every is not None and done % every == 0):
+            self._evaluate(done)
+        if self._saves(done):
+            self._save(done)
 
     def _require_finite(self, metrics: dict[str, Any]) -> None:
         if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
@@ -210,7 +189,8 @@ class Trainer:
 
     def _measure(self) -> None:
         cache, config = self.run.evaluation_cache, self.config.evaluation
-        if cache is None or not self.is_main:
+        # Where weights are spread over ranks none can measure alone.
+        if cache is None or not (self.is_main or self.updater.is_sharded):
             return
         self.last_evaluation = evaluate(
             self.student,
@@ -231,28 +211,34 @@ class Trainer:
                 tracker.log(done, metrics)
 
     def _save(self, done: int) -> None:
+        if self.is_main or self.updater.is_sharded:
+            student = self._student_writer()
+            state = optimizer_tensors(self.updater.optimizer, self.student)
         if self.is_main:
+
+            def write(folder: Path) -> None:
+                student(folder)
+                save_optimizer(state, folder / checkpoints.OPTIMIZER_FILE)
+
             checkpoints.write_checkpoint(
                 self.output,
                 StreamState(num_steps_done=done, cache_identity=self.run.cache.identity),
                 deciding_keys=self.run.deciding_keys,
                 config=self.config.model_dump(mode="json"),
-                write_files=self._write_checkpoint_files,
+                write_files=write,
                 keep=self.config.checkpoints.keep,
             )
         self.accelerator.wait_for_everyone()
 
-    def _write_checkpoint_files(self, folder: Path) -> None:
-        self._write_student(folder)
-        save_optimizer(self.updater.optimizer, self.student, folder / checkpoints.OPTIMIZER_FILE)
-
-    def _write_student(self, folder: Path) -> None:
-        save_released(
+    def _student_writer(self) -> Callable[[Path], None]:
+        """Gather the weights, and return what writes them into a folder."""
+        return partial(
+            save_released,
             self.student.model,
             self.run.source.tokenizer,
-            folder,
             block_size=self.run.cache.manifest.block_size,
             mask_token_id=self.run.source.mask_token_id,
+            tensors=weights(self.student.model),
         )
 
     def _begin(self) -> None:
@@ -265,7 +251,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         self.progress.start(self.first_step, self.run.max_steps)
 
-    def _finish(self, last: dict[str, Any], seconds: float, clock: "_TokenClock") -> TrainSummary:
+    def _finish(self, last: dict[str, Any], seconds: float, meter: Meter) -> TrainSummary:
         final, path = self.output / FINAL, self.output / SUMMARY_FILE
         if self.first_step == self.run.max_steps and final.is_dir() and path.is_file():
             logger.info("%s: the run is complete already", self.output)
@@ -282,10 +268,14 @@ class Trainer:
             last_metrics=last or self._last_reported(),
             evaluation=self.last_evaluation.as_json() if self.last_evaluation else None,
             seconds=round(seconds, 3),
-            tokens_per_s=round(clock.num_tokens / seconds, 1) if seconds else 0.0,
+            stall_s=round(self.stream.stall_s, 3),
+            peak_memory_gb=round(peak_memory_bytes(self.accelerator.device) / 1e9, 3),
+            tokens_per_s=round(meter.num_tokens / seconds, 1) if seconds else 0.0,
         )
+        if self.is_main or self.updater.is_sharded:
+            student = self._student_writer()
         if self.is_main:
-            checkpoints.publish_folder(final, self._write_student)
+            checkpoints.publish_folder(final, student)
             path.write_bytes(pretty_json(summary.as_json()))
         self.accelerator.wait_for_everyone()
         return summary
@@ -324,22 +314,3 @@ class Trainer:
             workers=self.config.stream.workers,
             prefetch=self.config.stream.prefetch,
         )
-
-
-class _TokenClock:
-    """Counts tokens and how fast they go."""
-
-    def __init__(self) -> None:
-        self.num_tokens = 0
-        self._since, self._lap_s = 0, time.monotonic()
-
-    def add(self, num_tokens: int) -> None:
-        self.num_tokens += num_tokens
-        self._since += num_tokens
-
-    def lap(self) -> float:
-        """Return the tokens per second since the last lap."""
-        now_s = time.monotonic()
-        speed = self._since / max(now_s - self._lap_s, 1e-9)
-        self._since, self._lap_s = 0, now_s
-        return round(speed, 1)

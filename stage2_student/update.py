@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from stage2_student.batches import Batch
 from stage2_student.config import TrainConfig
 from stage2_student.fused import TableGradient, plan_slices
+from stage2_student.insight import StepInsight
 from stage2_student.objective import Denominators, Losses, Objective
 from stage2_student.optimizer import learning_rate, make_optimizer, set_learning_rate
+from stage2_student.sharded import is_spread
 from stage2_student.stream import StepBatches
 from stage2_student.student import Student
 from tide_cache.draws import generator
@@ -30,19 +32,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepCounts:
-    """Counts over all micro-batches and ranks of a step."""
+    """Counts over all micro-batches and ranks of a step.
+
+    `num_tokens` are the positions of its rows, `num_computed` the tokens that the student reads
+    for them, `num_filled` those among them that are nobody's.
+    """
 
     denominators: Denominators
     num_masked: int
     num_tokens: int
+    num_computed: int
+    num_filled: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class StepOutcome:
-    """This rank's share of a step's losses by name, and the gradient norm, on the device."""
+    """This rank's share of a step's losses by name, and the gradient norm, on the device.
+
+    `insight`: what its positions came to, where somebody asked.
+    """
 
     shares: dict[str, Tensor]
     grad_norm: Tensor
+    insight: StepInsight | None
 
 
 class Updater:
@@ -61,6 +73,8 @@ class Updater:
         self._wrapped: nn.Module
         self._wrapped, self._stepper = accelerator.prepare(student, self.optimizer)
         self.student: Student = accelerator.unwrap_model(self._wrapped)
+        # FSDP2 spreads the weights; every rank must take part in whatever reads them.
+        self.is_sharded = is_spread(self.student)
 
     def count(self, work: StepBatches) -> StepCounts:
         """Count what the terms of a step are divided by, over all ranks."""
@@ -71,19 +85,26 @@ class Updater:
             sum(denominators.chunks for denominators in each),
             sum(batch.num_masked for batch in work.batches),
             sum(batch.num_tokens for batch in work.batches),
+            sum(batch.input_ids_1N.shape[1] for batch in work.batches),
+            sum(batch.num_filled for batch in work.batches),
         ]
         if self._accelerator.num_processes > 1:
             tensor = torch.tensor(mine, device=self._accelerator.device)
             mine = self._accelerator.reduce(tensor, reduction="sum").tolist()
-        ce, candidates, chunks, num_masked, num_tokens = mine
+        ce, candidates, chunks, num_masked, num_tokens, num_computed, num_filled = mine
         return StepCounts(
             denominators=Denominators(ce=ce, candidates=candidates, chunks=chunks),
             num_masked=num_masked,
             num_tokens=num_tokens,
+            num_computed=num_computed,
+            num_filled=num_filled,
         )
 
-    def update(self, work: StepBatches, counts: StepCounts) -> StepOutcome:
+    def update(
+        self, work: StepBatches, counts: StepCounts, *, wants_insight: bool = False
+    ) -> StepOutcome:
         """Do one update with the batches of a step."""
+        insight = StepInsight(self._accelerator.device) if wants_insight else None
         step, accelerator = work.rows.step, self._accelerator
         torch.manual_seed(step_seed(self.config.seed, step, accelerator.process_index))
         set_learning_rate(self.optimizer, self.learning_rate(step))
@@ -92,7 +113,7 @@ class Updater:
             is_last = number == len(work.batches)
             exchange = contextlib.nullcontext() if is_last else accelerator.no_sync(self._wrapped)
             with exchange:
-                losses = self._losses(batch, counts, self.progress(step))
+                losses = self._losses(batch, counts, self.progress(step), insight)
                 # Ranks exchange the mean of their gradients; a step's loss is the sum of shares.
                 accelerator.backward(losses.total * accelerator.num_processes)
             terms = {f"loss/{name}": term for name, term in losses.terms.items()}
@@ -104,7 +125,7 @@ class Updater:
         )
         self._stepper.step()
         self._stepper.zero_grad()
-        return StepOutcome(shares=shares, grad_norm=grad_norm)
+        return StepOutcome(shares=shares, grad_norm=grad_norm, insight=insight)
 
     def progress(self, step: int) -> float:
         """Return how much of training lies before a step, in [0, 1)."""
@@ -114,7 +135,9 @@ class Updater:
         """Return the learning rate of a step."""
         return learning_rate(self.config.optimizer, step, self.max_steps)
 
-    def _losses(self, batch: Batch, counts: StepCounts, progress: float) -> Losses:
+    def _losses(
+        self, batch: Batch, counts: StepCounts, progress: float, insight: StepInsight | None
+    ) -> Losses:
         # While the batch is still on the host: on the device every look at an index would wait.
         slices = plan_slices(batch, self._num_ids)
         batch = batch.to(self._accelerator.device)
@@ -129,6 +152,7 @@ class Updater:
                 counts.denominators,
                 progress=progress,
                 slices=slices,
+                wants_agreement=insight is not None,
                 table=table,
             )
             # Wrappers look for tensors among what a forward returns.
@@ -142,6 +166,8 @@ class Updater:
                 batch.masked_index_P,
                 losses,
             )
+        if insight is not None:
+            insight.add(batch, found.values)
         return found  # type: ignore[no-any-return]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from stage2_student.config import TrainConfig, deciding_keys
-from stage2_student.metrics import TIMING_KEYS, read_metrics
+from stage2_student.metrics import MEASURED_KEYS, read_metrics
 from stage2_student.trainer import train
 from tests.cache_builders import SetShape, Workshop, make_workshop
 from tests.support import PROJECT_ROOT
@@ -26,7 +26,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 
 def metrics_of(output: Path) -> list[dict[str, Any]]:
     lines = read_metrics(output / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if k not in TIMING_KEYS} for line in lines]
+    return [{k: v for k, v in line.items() if k not in MEASURED_KEYS} for line in lines]
 
 
 def run(

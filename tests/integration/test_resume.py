@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from stage2_student import checkpoints
 from stage2_student.config import TrainConfig
-from stage2_student.metrics import TIMING_KEYS, read_metrics
+from stage2_student.metrics import MEASURED_KEYS, read_metrics
 from stage2_student.trainer import TrainSummary, train
 from tests.cache_builders import SetShape, Workshop, make_workshop, write_cache
 from tests.support import PROJECT_ROOT
@@ -38,7 +38,7 @@ def run(workshop: Workshop, output: Path, resume: str = "auto", **changes: Any) 
 
 def losses_of(output: Path) -> list[dict[str, Any]]:
     lines = read_metrics(output / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if k not in TIMING_KEYS} for line in lines]
+    return [{k: v for k, v in line.items() if k not in MEASURED_KEYS} for line in lines]
 
 
 def same_weights(one: Path, other: Path) -> bool:

@@ -22,7 +22,7 @@ from stage2_student.compatibility import teacher_reading
 from stage2_student.config import TrainConfig
 from stage2_student.evaluate import evaluate
 from stage2_student.losses import calm_loss, ce_loss, kl_loss, tidal_loss
-from stage2_student.metrics import TIMING_KEYS, read_metrics
+from stage2_student.metrics import MEASURED_KEYS, read_metrics
 from stage2_student.objective import Objective
 from stage2_student.objective_config import ObjectiveConfig
 from stage2_student.optimizer import OptimizerConfig, learning_rate
@@ -63,7 +63,7 @@ def run(workshop: Workshop, output: Path, **changes: Any) -> TrainSummary:
 
 def metrics_of(output: Path) -> list[dict[str, Any]]:
     lines = read_metrics(output / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if k not in TIMING_KEYS} for line in lines]
+    return [{k: v for k, v in line.items() if k not in MEASURED_KEYS} for line in lines]
 
 
 def load_final(output: Path) -> Qwen3ForCausalLM:
