@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torchao.optim import AdamW8bit
+from torchao.optim.subclass_8bit import OptimState8bit
 
 from tide_cache.draws import generator
 
@@ -54,14 +55,21 @@ class LowBitAdamW(AdamW8bit):
             "exp_avg_sq": self._new_buffer(parameter, False),
         }
 
+    # The two below replace where torchao makes a moment.
+
     def _new_buffer(self, p: Tensor, signed: bool) -> Tensor:
-        """Replace the one place where torchao makes a moment."""
         if self.eight_bits:
             made: Tensor = super()._new_buffer(p, signed)
             local = made.to_local() if isinstance(made, DTensor) else made
-            if hasattr(local, "codes"):
+            if isinstance(local, OptimState8bit):
                 return made
         return torch.zeros_like(p, dtype=torch.float32)
+
+    @staticmethod
+    def _subclass_zeros(p: Tensor, signed: bool, block_size: int) -> Tensor:
+        # Without a dtype it passes for float32: one that passes for bfloat16 fails if p is sharded.
+        zeros: Tensor = OptimState8bit.zeros(p.shape, signed, block_size, p.device)
+        return zeros
 
 
 @contextlib.contextmanager
