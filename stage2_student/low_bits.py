@@ -41,9 +41,8 @@ class LowBitAdamW(AdamW8bit):
         devices = {p.device for p in parameters if p.is_cuda}
         num_done = next((int(state["step"]) for state in self.state.values()), 0)
         with torch.random.fork_rng(devices=list(devices)), _eager(not devices):
-            torch.manual_seed(
-                int(generator(0, f"update-{num_done}", -1, "round").integers(1 << 62))
-            )
+            random = generator(0, f"update-{num_done}", -1, "round")
+            torch.manual_seed(int(random.integers(1 << 62)))
             result: float | None = super().step(closure)
         return result
 
