@@ -5,9 +5,10 @@ once, and its absence is one line with the install command.
 """
 
 import json
+import logging
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,6 +16,9 @@ from rich.table import Table
 
 from tide_cache.cli import INSTALL_HINT, make_app, run
 from tide_cache.errors import TideError
+
+if TYPE_CHECKING:
+    from stage2_student.config import TrainConfig
 
 app = make_app("tide-train", "Train a student from a teacher cache.")
 
@@ -30,6 +34,10 @@ def train(
         str, typer.Option(help="auto: the newest checkpoint; never; or a checkpoint's folder.")
     ] = "auto",
     dry_run: Annotated[bool, typer.Option(help="Check everything, print the plan, stop.")] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Print what fits on a GPU, before any weight is loaded.")
+    ] = False,
+    gpu_memory: Annotated[float, typer.Option(min=0.1, help="GiB of that GPU.")] = 12.0,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Train a student from a teacher cache, or go on with a run that was stopped.
@@ -42,12 +50,18 @@ def train(
 
     tide-train student.yaml --cache runs/cache --dry-run
 
+    tide-train student.yaml --cache runs/cache --plan --gpu-memory 12
+
     tide-train student.yaml --cache runs/cache --set optimizer.learning_rate=1e-4 --set seed=3
 
     accelerate launch --num_processes 8 -m stage2_student student.yaml --cache runs/cache
     """
     try:
-        _run(config, cache, overrides or [], resume, dry_run, json_output)
+        train_config = _read(config, overrides or [])
+        if plan:
+            _plan(train_config, cache, gpu_memory, json_output)
+        else:
+            _run(train_config, cache, resume, dry_run, json_output)
     except ModuleNotFoundError as error:
         if error.name not in ("torch", "transformers", "accelerate", "safetensors"):
             raise
@@ -57,23 +71,31 @@ def train(
         ) from error
 
 
-def _run(
-    config_path: Path,
-    cache: str,
-    overrides: list[str],
-    resume: str,
-    dry_run: bool,
-    json_output: bool,
-) -> None:
+def _read(path: Path, overrides: list[str]) -> "TrainConfig":
+    from stage2_student.config import TrainConfig
+    from tide_cache.config import load_config
+
+    return load_config(path, TrainConfig, overrides, section="train")
+
+
+def _plan(config: "TrainConfig", cache: str, gpu_memory_gib: float, json_output: bool) -> None:
+    from stage2_student.memory_table import memory_plan_of, print_memory_plan
+    from stage2_student.plan import open_run
+
+    plan = memory_plan_of(open_run(config, cache), gpu_memory_gib=gpu_memory_gib)
+    if json_output:
+        sys.stdout.write(json.dumps(plan.as_json(), indent=2) + "\n")
+    else:
+        print_memory_plan(plan, Console(soft_wrap=True))
+
+
+def _run(config: "TrainConfig", cache: str, resume: str, dry_run: bool, json_output: bool) -> None:
     from accelerate import PartialState
 
-    from stage2_student.config import TrainConfig
     from stage2_student.plan import describe, open_run
     from stage2_student.progress import make_progress
     from stage2_student.trainer import train as run_training
-    from tide_cache.config import load_config
 
-    config = load_config(config_path, TrainConfig, overrides, section="train")
     if dry_run:
         _show("plan", describe(open_run(config, cache)), json_output)
         return
@@ -102,4 +124,8 @@ def _text(value: Any) -> str:
 
 def main() -> None:
     """Run `tide-train`."""
+    # Where torchao is installed transformers imports it, and it warns of each of its kernels that
+    # this build of torch has no use for.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     run(app)

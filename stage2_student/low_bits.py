@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torchao.optim import AdamW8bit
+from torchao.optim.subclass_8bit import OptimState8bit
 
 from tide_cache.draws import generator
 
@@ -40,9 +41,8 @@ class LowBitAdamW(AdamW8bit):
         devices = {p.device for p in parameters if p.is_cuda}
         num_done = next((int(state["step"]) for state in self.state.values()), 0)
         with torch.random.fork_rng(devices=list(devices)), _eager(not devices):
-            torch.manual_seed(
-                int(generator(0, f"update-{num_done}", -1, "round").integers(1 << 62))
-            )
+            random = generator(0, f"update-{num_done}", -1, "round")
+            torch.manual_seed(int(random.integers(1 << 62)))
             result: float | None = super().step(closure)
         return result
 
@@ -54,14 +54,21 @@ class LowBitAdamW(AdamW8bit):
             "exp_avg_sq": self._new_buffer(parameter, False),
         }
 
+    # The two below replace where torchao makes a moment.
+
     def _new_buffer(self, p: Tensor, signed: bool) -> Tensor:
-        """Replace the one place where torchao makes a moment."""
         if self.eight_bits:
             made: Tensor = super()._new_buffer(p, signed)
             local = made.to_local() if isinstance(made, DTensor) else made
-            if hasattr(local, "codes"):
+            if isinstance(local, OptimState8bit):
                 return made
         return torch.zeros_like(p, dtype=torch.float32)
+
+    @staticmethod
+    def _subclass_zeros(p: Tensor, signed: bool, block_size: int) -> Tensor:
+        # Without a dtype it passes for float32: one that passes for bfloat16 fails if p is sharded.
+        zeros: Tensor = OptimState8bit.zeros(p.shape, signed, block_size, p.device)
+        return zeros
 
 
 @contextlib.contextmanager

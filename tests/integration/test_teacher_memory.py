@@ -35,6 +35,7 @@ import torch
 from tests.integration import test_teacher_memory as ours
 torch.set_num_threads(1)
 logging.basicConfig(stream=sys.stderr, format="%(levelname)s %(message)s")
+logging.getLogger("torchao").setLevel(logging.ERROR)  # of kernels that this torch has no use for
 
 def limit(room_mib):
     with open("/proc/self/statm") as file:
