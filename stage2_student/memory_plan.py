@@ -30,12 +30,12 @@ The rows are taken to be as long as they may be, and each noised block to be liv
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from stage2_student.slices import SLICE_FLOATS
+from stage2_student.fused import SLICE_FLOATS
 
 if TYPE_CHECKING:
     from transformers import Qwen3Config
 
-HEAD_SLICES = 5
+HEAD_SLICES = 3
 RESERVED_BYTES = 1 << 30
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 _BLOCK = 256  # values that share a scale in 8-bit moments

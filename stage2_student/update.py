@@ -25,6 +25,7 @@ from stage2_student.sharded import is_spread
 from stage2_student.stream import StepBatches
 from stage2_student.student import Student
 from tide_cache.draws import generator
+from tide_cache.errors import ConfigError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -75,6 +76,12 @@ class Updater:
         self.student: Student = accelerator.unwrap_model(self._wrapped)
         # FSDP2 spreads the weights; every rank must take part in whatever reads them.
         self.is_sharded = is_spread(self.student)
+        if self.is_sharded and config.optimizer.state == "8bit":
+            raise ConfigError(
+                "optimizer.state: 8bit under FSDP2: expected float32, since moments in blocks that "
+                "are spread over ranks cannot be written whole",
+                hint="set optimizer.state: float32, which FSDP2 shares out, or use DDP",
+            )
 
     def count(self, work: StepBatches) -> StepCounts:
         """Count what the terms of a step are divided by, over all ranks."""
