@@ -16,6 +16,7 @@ from stage2_student.optimizer import OptimizerConfig
 from stage2_student.stream import StreamConfig
 from stage2_student.student_source import StudentConfig
 from tide_cache.config import StrictModel
+from tide_cache.local_copies import LocalStoreConfig
 
 FREE_KEYS = (
     "output",
@@ -29,6 +30,7 @@ FREE_KEYS = (
     "stream.micro_batch_size",
     "stream.workers",
     "stream.prefetch",
+    "local_store",
 )
 
 
@@ -48,6 +50,7 @@ class TrainConfig(StrictModel):
     checkpoints: CheckpointConfig = CheckpointConfig()
     metrics: MetricsConfig = MetricsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    local_store: LocalStoreConfig = LocalStoreConfig()
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

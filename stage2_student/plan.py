@@ -12,6 +12,7 @@ from stage2_student.compatibility import check_objective, check_student
 from stage2_student.config import TrainConfig, deciding_keys
 from stage2_student.metrics import require_trackers
 from stage2_student.optimizer import require_optimizer
+from stage2_student.shard_needs import RemotePlan, ShardNeeds, plan_fetching
 from stage2_student.stream import GlobalOrder
 from stage2_student.student import build_without_storage, check_weights
 from stage2_student.student_source import StudentSource, fetch_weights, open_student
@@ -34,6 +35,26 @@ class OpenRun:
     order: GlobalOrder
     max_steps: int
 
+    def close(self) -> None:
+        """Close the sets."""
+        for cache in (self.cache, self.evaluation_cache):
+            if cache is not None:
+                cache.close()
+
+    @property
+    def shard_needs(self) -> ShardNeeds:
+        """Which shards the steps of this run need."""
+        prefetch = self.config.stream.prefetch
+        return ShardNeeds(self.order, self.cache, max_steps=self.max_steps, prefetch=prefetch)
+
+    @property
+    def fetching(self) -> RemotePlan | None:
+        """What will be fetched where the set is a remote one."""
+        if self.cache.copies is None:
+            return None
+        others = [] if self.evaluation_cache is None else [self.evaluation_cache]
+        return plan_fetching(self.shard_needs, self.cache.copies, others)
+
     @property
     def deciding_keys(self) -> dict[str, Any]:
         """The keys and values that decide what this run learns from this set."""
@@ -49,15 +70,15 @@ def open_run(config: TrainConfig, cache_url: str) -> OpenRun:
     require_trackers(config.metrics.report_to)
     require_optimizer(config.optimizer, config.student.dtype)
     groups = config.stream.groups_per_window * _WINDOWS_KEPT
-    cache = open_cache(cache_url, num_groups_kept=groups)
+    cache = open_cache(cache_url, num_groups_kept=groups, local=config.local_store)
     if not cache.num_samples:
-        raise CompatibilityError(f"{cache_url}: num_samples: expected at least 1 row, got 0")
+        raise CompatibilityError(f"{cache.url}: num_samples: expected at least 1 row, got 0")
     source = open_student(config.student)
     check_student(cache, source)
     check_objective(cache, config.objective, source.num_embedding_rows)
     evaluation_cache = None
     if config.evaluation.cache is not None:
-        evaluation_cache = open_cache(config.evaluation.cache)
+        evaluation_cache = open_cache(config.evaluation.cache, local=config.local_store)
         check_student(evaluation_cache, source)
     order = GlobalOrder(
         seed=config.seed,
@@ -69,7 +90,7 @@ def open_run(config: TrainConfig, cache_url: str) -> OpenRun:
         shards_per_pool=config.stream.shards_per_pool,
     )
     max_steps = config.max_steps or (config.epochs or 1) * order.steps_per_epoch
-    return OpenRun(
+    run = OpenRun(
         config=config,
         cache=cache,
         evaluation_cache=evaluation_cache,
@@ -77,6 +98,9 @@ def open_run(config: TrainConfig, cache_url: str) -> OpenRun:
         order=order,
         max_steps=max_steps,
     )
+    if run.fetching is not None:
+        run.fetching.require_room()
+    return run
 
 
 def describe(run: OpenRun) -> dict[str, Any]:
@@ -86,6 +110,7 @@ def describe(run: OpenRun) -> dict[str, Any]:
         check_weights(fetch_weights(source), source.model_config)
     num_rows_view = run.cache.num_samples
     epochs = run.max_steps / run.order.steps_per_epoch
+    fetching = run.fetching
     return {
         "cache": run.cache.url,
         "cache_identity": run.cache.identity,
@@ -103,6 +128,7 @@ def describe(run: OpenRun) -> dict[str, Any]:
             counts.get("num_masked_positions", 0) / run.cache.num_views * epochs
         ),
         "num_positions": round(counts.get("num_positions", 0) / run.cache.num_views * epochs),
+        **({} if fetching is None else {"local_store": fetching.as_json()}),
     }
 
 

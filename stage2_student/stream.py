@@ -10,7 +10,7 @@ left (its losses are means, so its rows weigh more, by less than one step per ep
 import time
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,12 @@ from stage2_student.batches import Batch, BatchReader
 from stage2_student.readers import read_ahead
 from tide_cache.config import StrictModel
 from tide_cache.errors import CompatibilityError
-from tide_cache.order import DEFAULT_GROUPS_PER_WINDOW, DEFAULT_SHARDS_PER_POOL, epoch_order
+from tide_cache.order import (
+    DEFAULT_GROUPS_PER_WINDOW,
+    DEFAULT_SHARDS_PER_POOL,
+    epoch_order,
+    epoch_windows,
+)
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -92,6 +97,17 @@ class GlobalOrder:
             rows_G=order[start : start + self.batch_size],
         )
 
+    def windows(self, epoch: int) -> list[Int64Array]:
+        """Return the row groups of each window of an epoch, in the order in which they are read."""
+        return epoch_windows(
+            self.seed,
+            epoch,
+            self.group_sizes,
+            self.groups_per_window,
+            groups_per_shard=self.groups_per_shard,
+            shards_per_pool=self.shards_per_pool,
+        )
+
     def _order_of(self, epoch: int) -> Int64Array:
         if self._epoch is None or self._epoch[0] != epoch:
             order = epoch_order(
@@ -120,6 +136,16 @@ def rank_rows(
     return np.array_split(share, num_micro)
 
 
+class FetchAhead(Protocol):
+    """Whoever fetches what later steps read."""
+
+    def at(self, step: int) -> None:
+        """Hear that training is at `step`: whatever is for earlier steps alone may go."""
+
+    def stop(self) -> None:
+        """Hear that no step follows."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class StepBatches:
     """One step's work for one rank."""
@@ -133,7 +159,7 @@ class StepStream:
 
     Nothing in here depends on what training did, so neither does reading ahead; `workers` threads
     (0: the caller's own) give the same batches. `stall_s` adds up the seconds for which steps were
-    waited for.
+    waited for. `fetch_ahead` is told where training stands.
     """
 
     def __init__(
@@ -146,6 +172,7 @@ class StepStream:
         micro_batch_size: int | None,
         workers: int = 0,
         prefetch: int = 1,
+        fetch_ahead: FetchAhead | None = None,
     ) -> None:
         self.order = order
         self.stall_s = 0.0
@@ -155,9 +182,11 @@ class StepStream:
         self._micro_batch_size = micro_batch_size
         self._workers = workers
         self._prefetch = prefetch
+        self._fetch_ahead = fetch_ahead
 
     def steps(self, first: int, stop: int) -> Generator[StepBatches, None, None]:
         """Yield the work of the steps [first, stop). Close it to stop the threads early."""
+        self._say_where(first)
         reads = read_ahead(
             map(self.order.at, range(first, stop)),
             self._batches_of,
@@ -168,10 +197,17 @@ class StepStream:
             began_s = time.monotonic()
             for work in reads:
                 self.stall_s += time.monotonic() - began_s
+                self._say_where(work.rows.step)
                 yield work
                 began_s = time.monotonic()
         finally:
             reads.close()
+            if self._fetch_ahead is not None:
+                self._fetch_ahead.stop()
+
+    def _say_where(self, step: int) -> None:
+        if self._fetch_ahead is not None:
+            self._fetch_ahead.at(step)
 
     def _batches_of(self, rows: StepRows) -> StepBatches:
         return StepBatches(rows=rows, batches=[self._read(rows, r) for r in self._cut(rows)])

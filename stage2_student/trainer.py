@@ -30,6 +30,7 @@ from stage2_student.plan import OpenRun, open_run
 from stage2_student.progress import NoProgress, TrainProgress
 from stage2_student.released_format import save_released, weights
 from stage2_student.running import set_up_layers
+from stage2_student.shard_needs import ShardFetcher
 from stage2_student.step_report import Meter, peak_memory_bytes, step_metrics
 from stage2_student.stream import StepBatches, StepStream, StreamState
 from stage2_student.student import Student, load_model, load_student
@@ -89,10 +90,13 @@ def train(
     if point is not None:
         point.require_config(run.deciding_keys)
         point.stream.require_cache(run.cache.identity, where=str(point.folder))
-    trainer = Trainer(run, point, progress or NoProgress())
-    summary = trainer.train()
-    trainer.accelerator.end_training()
-    return summary
+    try:
+        trainer = Trainer(run, point, progress or NoProgress())
+        summary = trainer.train()
+        trainer.accelerator.end_training()
+        return summary
+    finally:
+        run.close()
 
 
 class Trainer:
@@ -305,6 +309,7 @@ class Trainer:
             ),
             teacher=teacher_reading(self.run.cache, self.config.objective),
         )
+        copies = self.run.cache.copies
         return StepStream(
             self.run.order,
             reader,
@@ -313,4 +318,5 @@ class Trainer:
             micro_batch_size=self.config.stream.micro_batch_size,
             workers=self.config.stream.workers,
             prefetch=self.config.stream.prefetch,
+            fetch_ahead=None if copies is None else ShardFetcher(self.run.shard_needs, copies),
         )

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tide_cache.errors import FormatError
+from tide_cache.local_copies import CopiedStore, LocalCopies, LocalStoreConfig
 from tide_cache.manifest import Manifest, ShardFacts, identity
 from tide_cache.shards import ROWS_PER_GROUP, open_shard, read_row_groups
 from tide_cache.store import Store
@@ -35,14 +36,22 @@ class Cache:
     """A finished cache or premasked set.
 
     `num_groups_kept` bounds the memory of random access: that many row groups of 256 rows stay
-    decoded from Parquet.
+    decoded from Parquet. `copies` are the local copies through which `store` reads, if it does.
     """
 
     def __init__(
-        self, store: Store, manifest: Manifest, *, num_groups_kept: int = DEFAULT_GROUPS_KEPT
+        self,
+        store: Store,
+        manifest: Manifest,
+        *,
+        num_groups_kept: int = DEFAULT_GROUPS_KEPT,
+        copies: LocalCopies | None = None,
     ) -> None:
         self.store = store
         self.manifest = manifest
+        self.copies = copies
+        # A copy that is open cannot make room for another.
+        self._num_idle_files = _IDLE_FILES if copies is None else 0
         self._num_groups_kept = num_groups_kept
         self._lock = threading.Lock()  # of the two below, never held while something is read
         self._idle_files: OrderedDict[str, pq.ParquetFile] = OrderedDict()
@@ -79,6 +88,14 @@ class Cache:
         """Number of row groups of each shard of a view, in order; the same for every view."""
         return np.asarray([len(_group_sizes(s)) for s in self._shards_of(0)], dtype=np.int64)
 
+    def shards_of_groups(
+        self, view: int, groups: Sequence[int] | npt.NDArray[np.integer]
+    ) -> list[ShardFacts]:
+        """Return the shards of a view that hold some of its row groups, in the groups' order."""
+        ends = np.cumsum(self.row_groups_per_shard)
+        numbers = np.searchsorted(ends, np.asarray(groups, dtype=np.int64), side="right")
+        return [self._shards_of(view)[number] for number in dict.fromkeys(numbers.tolist())]
+
     def read_rows(
         self, view: int, rows: Sequence[int] | npt.NDArray[np.integer], columns: Sequence[str] = ()
     ) -> pa.Table:
@@ -108,7 +125,9 @@ class Cache:
         return pa.concat_tables(tables).take(pa.array(origin)).combine_chunks()
 
     def close(self) -> None:
-        """Close the open shards and forget what was read; nobody may be reading."""
+        """Close the open shards, stop fetching and forget what was read; nobody may be reading."""
+        if self.copies is not None:
+            self.copies.close()
         with self._lock:
             files = list(self._idle_files.values())
             self._idle_files.clear()
@@ -187,7 +206,7 @@ class Cache:
         with self._lock:
             surplus = [self._idle_files.pop(path)] if path in self._idle_files else []
             self._idle_files[path] = file
-            if len(self._idle_files) > _IDLE_FILES:
+            if len(self._idle_files) > self._num_idle_files:
                 surplus.append(self._idle_files.popitem(last=False)[1])
         for old in surplus:
             old.close(force=True)
@@ -215,10 +234,23 @@ def _group_sizes(shard: ShardFacts) -> list[int]:
     return [ROWS_PER_GROUP] * whole + ([rest] if rest else [])
 
 
-def open_cache(url: str | Path, *, num_groups_kept: int = DEFAULT_GROUPS_KEPT) -> Cache:
-    """Open a finished cache or premasked set.
+def open_cache(
+    url: str | Path,
+    *,
+    num_groups_kept: int = DEFAULT_GROUPS_KEPT,
+    local: LocalStoreConfig | None = None,
+) -> Cache:
+    """Open a finished cache or premasked set: a folder, or s3://, http(s)://, hf:// and the like.
 
-    Raises StorageError when there is none at `url`, FormatError when its manifest is not sound.
+    With `local`, the files of a remote set are read from local copies, each checked against the
+    manifest before its first use; without, by ranges from where they are. Raises StorageError when
+    there is none at `url`, FormatError when its manifest is not sound.
     """
-    store = Store(url)
-    return Cache(store, read_manifest(store), num_groups_kept=num_groups_kept)
+    source = Store(url)
+    manifest = read_manifest(source)
+    if local is None or source.is_local:
+        return Cache(source, manifest, num_groups_kept=num_groups_kept)
+    copies = LocalCopies(source, manifest, local)
+    return Cache(
+        CopiedStore(source, copies), manifest, num_groups_kept=num_groups_kept, copies=copies
+    )

@@ -59,6 +59,10 @@ class StorageError(TideError):
     """A file system that is full, gone or refuses."""
 
 
+class MissingFileError(StorageError):
+    """A file that a reachable file system does not have."""
+
+
 def _rebuild(
     kind: type[TideError], message: str, hint: str | None, state: dict[str, object]
 ) -> TideError:

@@ -19,7 +19,7 @@ from pydantic import Field
 from tide_cache import card
 from tide_cache.canonical import canonical_json, sha256_hex
 from tide_cache.config import StrictModel
-from tide_cache.errors import CompatibilityError, StorageError
+from tide_cache.errors import CompatibilityError, MissingFileError, StorageError
 from tide_cache.manifest import (
     MANIFEST,
     CacheHeader,
@@ -113,9 +113,10 @@ class SetWriter:
 
     def record_of(self, task: int) -> TaskRecord | None:
         """Return the record of a task that any writer has finished, also of a set that is done."""
-        path = _record_path(task)
-        if self.store.exists(path):
-            return TaskRecord.model_validate_json(self.store.read_bytes(path))
+        try:
+            return TaskRecord.model_validate_json(self.store.read_bytes(_record_path(task)))
+        except MissingFileError:
+            pass  # not done yet, or the set is and whoever finished it has swept the records
         if not self.store.exists(MANIFEST):
             return None
         shards = tuple(s for s in read_manifest(self.store).shards if s.task == task)
