@@ -221,7 +221,10 @@ def teacher_shape(options: argparse.Namespace, student: Shape) -> Shape:
             vocab_size=options.vocab_size if reduced else shape.vocab_size,
             num_layers=options.teacher_layers or shape.num_layers,
         )
-    return replace(student, hidden_size=2 * student.hidden_size)
+    widths = ("hidden_size", "num_heads", "num_kv_heads", "intermediate_size")
+    given = {name: getattr(student, name) for name in widths}
+    twice: dict[str, Any] = {name: 2 * width for name, width in given.items() if width}
+    return replace(student, **twice)
 
 
 def make_variants(options: argparse.Namespace) -> tuple[list[Variant], dict[str, Any]]:
