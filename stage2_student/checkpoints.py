@@ -31,6 +31,8 @@ STATE_FILE = "state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_VERSION = 1
 AUTO, NEVER = "auto", "never"
+# What a checkpoint meant that was written before these keys existed.
+_BEFORE_THEY_WERE_KEYS = {"optimizer.state": "float32"}
 _STEP = re.compile(r"step-(\d{8,})")
 _TEMPORARY = ".tmp"
 _SET_ASIDE = ".later"
@@ -58,7 +60,7 @@ class Checkpoint:
 
     def require_config(self, keys: dict[str, Any]) -> None:
         """Raise CompatibilityError naming the keys that would alter the run."""
-        present = self.deciding_keys
+        present = _BEFORE_THEY_WERE_KEYS | self.deciding_keys
         differing = sorted(k for k in keys | present if keys.get(k) != present.get(k))
         if differing:
             shown = ", ".join(

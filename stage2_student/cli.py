@@ -5,7 +5,6 @@ once, and its absence is one line with the install command.
 """
 
 import json
-import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -124,8 +123,4 @@ def _text(value: Any) -> str:
 
 def main() -> None:
     """Run `tide-train`."""
-    # Where torchao is installed transformers imports it, and it warns of each of its kernels that
-    # this build of torch has no use for.
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     run(app)

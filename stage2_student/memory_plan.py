@@ -9,10 +9,11 @@ K = kv_heads x head_dim, I intermediate, s the bytes of the residual stream (4 f
     their outputs        what q, k, v and gate, up multiply: 2 c D; under autocast each of the five
                          casts its own copy: 5 c D
     q_norm, k_norm       their inputs in float32 and normalised values: (4 + c) (Q + K)
-    attention            query, key, value, output: c (2 Q + 2 K) and a float32 logsumexp a head.
-                         sdpa repeats key and value to all heads: c (4 Q), and keeps its mask in
-                         the type of the scores, c T a token for a sequence of T; flex does not, but
-                         keeps a copy of its output for o_proj, c Q
+    attention            query, key, value, output and its copy for o_proj: c (3 Q + 2 K), and a
+                         float32 logsumexp a head. By rows (sdpa), clean and noised keys and values
+                         of a row are put together for its noised tokens, c 2 K a token, and each
+                         mask is kept in the type of the scores: c for each pair that it speaks of,
+                         3 L^2 in a row whose blocks are all live
     MLP                  gate, its activation, up, their product: 4 c I
     reciprocal norms     4 bytes for each of 2 + heads + kv_heads norms
 
@@ -20,9 +21,10 @@ and under autocast a bfloat16 copy of every matrix. With activation checkpointin
 hidden state (s D) for each layer, and all of the above for the one layer in work. A test holds this
 against the bytes that autograd keeps of real models, to 1 %, under sdpa; flex cannot run backwards
 on a CPU and is derived only. The rest are allowances, not yet held against a GPU: temporaries of a
-layer's backward (4 c I + 12 D a token), slices of logits and losses (`HEAD_SLICES` of
-`SLICE_FLOATS` float32) with the head's gradient in float32, and `RESERVED_BYTES` for what CUDA and
-its libraries take. Several GPUs add the buckets in which they exchange gradients.
+layer's backward (4 c I + 12 D a token), a slice of logits with its intermediate values
+(`HEAD_SLICES` of `SLICE_FLOATS` float32, one more for a replayed teacher), a product's share of the
+head's gradient in 16 bits and, with bfloat16 weights, its sum in float32, and `RESERVED_BYTES` for
+what CUDA and its libraries take. Several GPUs add the buckets in which they exchange gradients.
 
 The rows are taken to be as long as they may be, and each noised block to be live: T = 2 L a row.
 """
@@ -35,7 +37,7 @@ from stage2_student.fused import SLICE_FLOATS
 if TYPE_CHECKING:
     from transformers import Qwen3Config
 
-HEAD_SLICES = 3
+HEAD_SLICES = 4
 RESERVED_BYTES = 1 << 30
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 _BLOCK = 256  # values that share a scale in 8-bit moments
@@ -147,6 +149,20 @@ def model_size(config: "Qwen3Config", *, num_embedding_rows: int | None = None) 
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Load:
+    """What one forward reads: packed tokens, and the pairs of them in sdpa's masks (flex: 0)."""
+
+    num_tokens: int
+    num_pairs: int = 0
+
+
+def full_rows(num_rows: int, length: int, *, attention: Literal["flex", "sdpa"]) -> Load:
+    """Return the most that rows of a length can take: every block live."""
+    pairs = 3 * length * length if attention == "sdpa" else 0
+    return Load(num_tokens=num_rows * 2 * length, num_pairs=num_rows * pairs)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryUse:
     """Bytes of a step by what they are for. `casts`: bfloat16 copies of float32 matrices."""
 
@@ -168,35 +184,27 @@ class MemoryUse:
         return {**asdict(self), "reserved": RESERVED_BYTES, "total": self.total}
 
 
-def layer_bytes(
-    size: ModelSize, setting: Setting, *, num_tokens: int, attention: Literal["flex", "sdpa"]
-) -> int:
+def layer_bytes(size: ModelSize, setting: Setting, load: Load) -> int:
     """Return the bytes that autograd keeps of one layer (see the module), without cast weights."""
     s, c = setting.weight_bytes, setting.product_bytes
     norms = 2 * (4 + s) * size.hidden + (5 if setting.is_autocast else 2) * c * size.hidden
     heads = (4 + c) * (size.query + size.key)
-    if attention == "sdpa":
-        attended = c * 4 * size.query + c * num_tokens
-    else:
-        attended = c * (3 * size.query + 2 * size.key)
-    attended += 4 * size.num_heads
+    attended = c * (3 * size.query + 2 * size.key) + 4 * size.num_heads
+    if load.num_pairs:
+        attended += c * 2 * size.key
     reciprocals = 4 * (2 + size.num_heads + size.num_kv_heads)
     per_token = norms + heads + attended + reciprocals + 4 * c * size.intermediate
-    return int(num_tokens * per_token)
+    return int(load.num_tokens * per_token + c * load.num_pairs)
 
 
-def saved_bytes(
-    size: ModelSize, setting: Setting, *, num_tokens: int, attention: Literal["flex", "sdpa"]
-) -> int:
+def saved_bytes(size: ModelSize, setting: Setting, load: Load) -> int:
     """Return the bytes that autograd keeps after a forward up to the final hidden states."""
     if setting.activation_checkpointing:
-        layers = size.num_layers * setting.weight_bytes * size.hidden * num_tokens
+        layers = size.num_layers * setting.weight_bytes * size.hidden * load.num_tokens
     else:
-        layers = size.num_layers * layer_bytes(
-            size, setting, num_tokens=num_tokens, attention=attention
-        )
-    final_norm = (4 + setting.weight_bytes) * size.hidden * num_tokens
-    rotary = 2 * setting.weight_bytes * size.query // size.num_heads * num_tokens
+        layers = size.num_layers * layer_bytes(size, setting, load)
+    final_norm = (4 + setting.weight_bytes) * size.hidden * load.num_tokens
+    rotary = 2 * setting.weight_bytes * size.query // size.num_heads * load.num_tokens
     return layers + final_norm + rotary
 
 
@@ -204,16 +212,15 @@ def memory_use(
     size: ModelSize,
     setting: Setting,
     *,
-    num_tokens: int,
-    attention: Literal["flex", "sdpa"] = "flex",
+    load: Load,
     teacher_head_bytes: int = 0,
 ) -> MemoryUse:
-    """Return what a step with `num_tokens` positions in one forward needs at its peak."""
+    """Return what a step with this much in one forward needs at its peak."""
     moments = 8.0 if setting.state == "float32" else 2 * (1 + 4 / _BLOCK)
     matrices = size.layer_matrices + size.tables
-    activations = saved_bytes(size, setting, num_tokens=num_tokens, attention=attention)
+    activations = saved_bytes(size, setting, load)
     if setting.activation_checkpointing:
-        activations += layer_bytes(size, setting, num_tokens=num_tokens, attention=attention)
+        activations += layer_bytes(size, setting, load)
     working = 4 * setting.product_bytes * size.intermediate + 12 * size.hidden
     cast = size.layer_matrices + size.head if setting.is_autocast else 0
     return MemoryUse(
@@ -221,10 +228,18 @@ def memory_use(
         gradients=setting.weight_bytes * size.num_parameters,
         state=round(moments * matrices) + 8 * size.vectors,
         casts=2 * cast,
-        activations=activations + working * num_tokens,
-        head=4 * HEAD_SLICES * SLICE_FLOATS + 4 * size.head,
+        activations=activations + working * load.num_tokens,
+        head=_head_bytes(size, setting, replays=teacher_head_bytes > 0),
         teacher_head=teacher_head_bytes,
     )
+
+
+def _head_bytes(size: ModelSize, setting: Setting, *, replays: bool) -> int:
+    slices = 4 * SLICE_FLOATS * (HEAD_SLICES + (1 if replays else 0))
+    share = 2 * size.head if setting.product_bytes == 2 else 0
+    # With float32 weights the sum is the gradient that autograd is given.
+    summed = 4 * size.head if setting.weights == "bfloat16" else 0
+    return slices + share + summed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -294,8 +309,7 @@ def plan_memory(
             rows: memory_use(
                 size,
                 setting,
-                num_tokens=rows * 2 * positions_per_row,
-                attention=attention,
+                load=full_rows(rows, positions_per_row, attention=attention),
                 teacher_head_bytes=teacher_head_bytes,
             )
             for rows in sorted({*MICRO_BATCHES, micro_batch})

@@ -12,10 +12,12 @@ import yaml
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from stage2_student.attention import BY_ROWS, row_mask
 from stage2_student.cli import main
 from stage2_student.config import TrainConfig
 from stage2_student.memory_plan import (
     RESERVED_BYTES,
+    Load,
     Setting,
     ladder,
     memory_use,
@@ -25,14 +27,15 @@ from stage2_student.memory_plan import (
 )
 from stage2_student.memory_table import memory_plan_of, positions_per_row, teacher_head_bytes
 from stage2_student.optimizer import OptimizerConfig, make_optimizer
+from stage2_student.packing import PackedRows, pack_rows
 from stage2_student.plan import num_parameters, open_run
 from stage2_student.running import set_up_layers
 from stage2_student.student_source import StudentConfig
 from tests.cache_builders import SetShape, Workshop, make_workshop
 from tests.integration.test_train_refusals import weightless_student
+from tests.unit.test_packing import draw_rows
 from tide_cache.cache import open_cache
 from tide_cache.config import load_config
-from tide_cache.geometry import block_diffusion_mask
 from tide_cache.manifest import CacheManifest, FileFacts
 from tide_cache.payload_facts import HiddenFacts
 from tide_cache.payloads.candidates import CODEC_FILE
@@ -60,9 +63,9 @@ def config_of(**changes: Any) -> Qwen3Config:
     return Qwen3Config(**{**values, **changes})
 
 
-def kept_bytes(config: Qwen3Config, setting: Setting, length: int) -> int:
+def kept_bytes(config: Qwen3Config, setting: Setting, packed: PackedRows) -> int:
     """The bytes of all storages that autograd keeps after a forward, beside the parameters."""
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = BY_ROWS
     model = Qwen3ForCausalLM._from_config(config, dtype=DTYPES[setting.weights]).train()
     again = setting.activation_checkpointing
     set_up_layers(model, StudentConfig(init="x", activation_checkpointing=again))
@@ -74,15 +77,15 @@ def kept_bytes(config: Qwen3Config, setting: Setting, length: int) -> int:
             kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
         return tensor
 
-    mask = torch.from_numpy(block_diffusion_mask(length, 32))[None, None]
+    mask = row_mask(packed.places, torch.device("cpu"))
     with (
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=setting.is_autocast),
     ):
         model.model(
-            input_ids=torch.arange(2 * length)[None],
+            input_ids=torch.from_numpy(packed.ids_N)[None],
             attention_mask={"full_attention": mask},
-            position_ids=torch.arange(length).repeat(2)[None],
+            position_ids=torch.from_numpy(packed.position_N)[None],
             use_cache=False,
         )
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
@@ -92,7 +95,7 @@ def kept_bytes(config: Qwen3Config, setting: Setting, length: int) -> int:
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize(
     ("changes", "length"),
-    [({}, 128), ({"num_key_value_heads": 4, "head_dim": 32}, 64), ({"hidden_size": 128}, 256)],
+    [({}, 192), ({"num_key_value_heads": 4, "head_dim": 32}, 224), ({"hidden_size": 128}, 256)],
 )
 def test_activations_are_what_autograd_keeps(
     setting: Setting, again: bool, changes: dict[str, Any], length: int
@@ -100,12 +103,18 @@ def test_activations_are_what_autograd_keeps(
     config = config_of(**changes)
     setting = setting.checkpointed if again else setting
     size = model_size(config)
-    said = saved_bytes(size, setting, num_tokens=2 * length, attention="sdpa")
+    noised = draw_rows([length, length - 32], masked=0.9)
+    packed = pack_rows(noised, block_size=32, mask_token_id=39)
+    places = packed.places
+    clean_B, noised_B = places.num_clean_B, places.num_noised_B
+    num_pairs = int((clean_B**2 + noised_B * (clean_B + noised_B)).sum())
+    num_tokens = len(packed.ids_N)
+    said = saved_bytes(size, setting, Load(num_tokens=num_tokens, num_pairs=num_pairs))
     if setting.is_autocast and not again:
         said += 2 * size.layer_matrices  # the casts that the graph holds; all count as `casts`
-    found = kept_bytes(config, setting, length)
+    found = kept_bytes(config, setting, packed)
     if again:  # a checkpoint hands the rotary table on without showing it to autograd
-        said -= 2 * setting.weight_bytes * config.head_dim * 2 * length
+        said -= 2 * setting.weight_bytes * config.head_dim * num_tokens
     assert said == pytest.approx(found, rel=0.01)
 
 
@@ -136,7 +145,7 @@ def test_weights_gradients_and_moments_are_what_the_optimiser_holds(setting: Set
             if hasattr(parts[0], "codes"):
                 parts = [parts[0].codes, parts[0].scale]
             held += sum(part.nbytes for part in parts)
-    use = memory_use(model_size(config), setting, num_tokens=64)
+    use = memory_use(model_size(config), setting, load=Load(num_tokens=64))
     assert use.state == held
     assert use.weights == sum(p.nbytes for p in model.parameters())
     assert use.gradients == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
@@ -148,7 +157,7 @@ def test_what_fits_and_what_is_chosen() -> None:
     size = model_size(config_of(hidden_size=1024, num_hidden_layers=12, vocab_size=50_000))
     own = Setting(precision="bf16")
     at: dict[str, Any] = {"positions_per_row": 512, "micro_batch": 6}
-    need = memory_use(size, own, num_tokens=6 * 1024).total
+    need = memory_use(size, own, load=Load(num_tokens=6 * 1024)).total
     plan = plan_memory(size, own, gpu_bytes=need, **at)
     assert plan.chosen is plan.own
     assert plan.own.largest == 6
@@ -219,7 +228,7 @@ def test_the_command_needs_no_weights(
     assert len(found["settings"]) == 10
     text = show(capsys, monkeypatch, *words, "2")
     assert "GiB of a step on a GPU of 2 GiB" in text
-    assert "this config, x8: 1.3 GiB, fits" in text
+    assert "this config, x8: 1.5 GiB, fits" in text
     text = show(capsys, monkeypatch, *words, "1")
     assert "nothing fits: take a smaller student, shorter rows or a larger GPU" in text
     assert not (tmp_path / "run").exists()
