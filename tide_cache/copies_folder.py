@@ -20,7 +20,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -38,7 +38,7 @@ _IDENTITY = re.compile(r"[0-9a-f]{64}")
 _POLL_S = 0.05
 _WAIT_FOR_ROOM_S = 300.0
 _ASK_AGAIN_S = 60.0
-Fate = Literal["gone", "in use", "only copy"]
+Fate = Literal["gone", "in use", "only copy", "not ours"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,7 +117,8 @@ class CopiesFolder:
                 return None
             if self._try_lock(file, fcntl.LOCK_SH):
                 if is_at(file, path):
-                    os.utime(path)  # the time by which copies are chosen to go
+                    with suppress(PermissionError):  # another user's copy is as good
+                        os.utime(path)  # the time by which copies are chosen to go
                     return file
                 file.close()
                 continue
@@ -166,6 +167,8 @@ class CopiesFolder:
             file = path.open("r+b")
         except FileNotFoundError:
             return "gone"
+        except PermissionError:
+            return "not ours"
         with file:
             if not self._try_lock(file, fcntl.LOCK_EX):
                 return "in use"
@@ -284,6 +287,7 @@ class CopiesFolder:
             for fate, what in (
                 ("only copy", "files may be the only copies left"),
                 ("in use", "files are in use"),
+                ("not ours", "files belong to another user"),
             )
             if fate in fates
         )

@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -96,7 +97,8 @@ class LocalCopies:
             for path in self._kept.keys() - set(wanted):
                 self._kept.pop(path).close()
             self._given_up &= set(wanted)
-            self._start_threads()
+            if wanted:
+                self._start_threads()
             self._changed.notify_all()
 
     def open(self, path: str) -> BinaryIO:
@@ -135,8 +137,9 @@ class LocalCopies:
                     request.finish(self._closed())
             self._asked.clear()
             self._changed.notify_all()
+        deadline_s = time.monotonic() + _JOIN_S
         for thread in self._threads:
-            thread.join(_JOIN_S)
+            thread.join(max(0.0, deadline_s - time.monotonic()))
 
     def _closed(self) -> StorageError:
         return StorageError(f"{self.source.url}: closed while being read")
