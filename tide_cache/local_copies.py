@@ -22,7 +22,7 @@ from pydantic import Field
 from tide_cache.config import StrictModel
 from tide_cache.copies_folder import SOURCE, CopiesFolder, listed_files
 from tide_cache.errors import StorageError, TideError
-from tide_cache.fetch import Listed, Stopped, fetch
+from tide_cache.fetch import Listed, Stopped, fetch, patience_s
 from tide_cache.manifest import MANIFEST, Manifest
 from tide_cache.store import Store
 
@@ -106,11 +106,12 @@ class LocalCopies:
 
         Raises MissingFileError, StorageError or FormatError naming the file.
         """
-        while True:
-            file = self._open_sound(self._listed[path])
-            if file is not None:
-                return file
-            self._request(path).wait()
+        try:
+            while (file := self._open_sound(self._listed[path])) is None:
+                self._request(path).wait()
+            return file
+        except Stopped:
+            raise self._closed() from None
 
     @property
     def fixed_bytes(self) -> int:
@@ -237,8 +238,11 @@ class LocalCopies:
                     damaged.close()
                 if part is None:
                     return
-                self.folder.make_room(part, facts.size_bytes, self._stopped)
-                fetch(self.source, facts, part, retries=self.config.retries, stopped=self._stopped)
+                retries, stopped = self.config.retries, self._stopped
+                self.folder.make_room(
+                    part, facts.size_bytes, stopped, patience_s=patience_s(retries)
+                )
+                fetch(self.source, facts, part, retries=retries, stopped=stopped)
                 self.folder.settle(part, path)
                 self._checked[facts.path] = os.fstat(part.fileno()).st_ino
         except OSError as error:

@@ -208,9 +208,12 @@ def test_a_file_that_stays_bad_is_named(
     expect_same(tmp_path / "run", straight)
 
 
+@pytest.mark.parametrize("is_tight", [False, True])
 def test_a_server_that_is_killed_in_the_middle_and_comes_back_is_survived(
-    workshop: Workshop, straight: Path, server: WebServer, tmp_path: Path
+    workshop: Workshop, straight: Path, server: WebServer, tmp_path: Path, is_tight: bool
 ) -> None:
+    """Also while it should say whether copies that have to make room have originals."""
+    room = {"max_gb": least_gb(workshop, server.url, tmp_path)} if is_tight else {}
     server.misbehave("data/view-01/00005.parquet", "die", times=1)
 
     def restart() -> None:
@@ -222,7 +225,7 @@ def test_a_server_that_is_killed_in_the_middle_and_comes_back_is_survived(
 
     nurse = threading.Thread(target=restart)
     nurse.start()
-    run(workshop, tmp_path / "run", server.url, retries=8)
+    run(workshop, tmp_path / "run", server.url, retries=8, **room)
     nurse.join()
     expect_same(tmp_path / "run", straight)
 
