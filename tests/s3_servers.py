@@ -42,6 +42,7 @@ def s3_server(bucket: str, log: Path) -> Iterator[dict[str, str]]:
             _wait(port)
             import s3fs
 
+            s3fs.S3FileSystem.clear_instance_cache()  # of a server that ran before
             s3fs.S3FileSystem(skip_instance_cache=True).mkdir(bucket)
             yield environment
         finally:

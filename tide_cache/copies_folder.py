@@ -20,7 +20,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -38,7 +38,8 @@ _IDENTITY = re.compile(r"[0-9a-f]{64}")
 _POLL_S = 0.05
 _WAIT_FOR_ROOM_S = 300.0
 _ASK_AGAIN_S = 60.0
-Fate = Literal["gone", "in use", "only copy"]
+_ASK_SILENT_AGAIN_S = 0.5
+Fate = Literal["gone", "in use", "only copy", "no answer", "not ours"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +58,7 @@ class CopiesFolder:
         self.max_bytes = max_bytes
         self._origins: dict[str, _Origin | None] = {}
         self._asked_s: dict[Path, float] = {}
+        self._silent_until_s: dict[str, float] = {}
         with self._usable():
             root.mkdir(parents=True, exist_ok=True)
             with self._locked():
@@ -117,7 +119,8 @@ class CopiesFolder:
                 return None
             if self._try_lock(file, fcntl.LOCK_SH):
                 if is_at(file, path):
-                    os.utime(path)  # the time by which copies are chosen to go
+                    with suppress(PermissionError):  # another user's copy is as good
+                        os.utime(path)  # the time by which copies are chosen to go
                     return file
                 file.close()
                 continue
@@ -125,14 +128,16 @@ class CopiesFolder:
             if stopped.wait(_POLL_S):
                 raise Stopped
 
-    def make_room(self, part: BinaryIO, size_bytes: int, stopped: threading.Event) -> None:
+    def make_room(
+        self, part: BinaryIO, size_bytes: int, stopped: threading.Event, *, patience_s: float
+    ) -> None:
         """Give `part` its size, removing copies until the folder is within its bound.
 
-        Waits where copies in use by others are in the way. Raises StorageError when nothing more
-        may go.
+        Waits where copies in use by others are in the way, and for `patience_s` where nobody says
+        whether originals are there. Raises StorageError when nothing more may go.
         """
         os.ftruncate(part.fileno(), 0)
-        deadline_s = time.monotonic() + _WAIT_FOR_ROOM_S
+        began_s = time.monotonic()
         while not self._take_room(part, size_bytes):
             fates: list[Fate] = []
             copies, stay_bytes = self._survey()
@@ -143,7 +148,10 @@ class CopiesFolder:
                 if fates[-1] == "gone":
                     break
             else:
-                if "in use" not in fates or time.monotonic() > deadline_s:
+                waited_s = time.monotonic() - began_s
+                may_end = "in use" in fates and waited_s < _WAIT_FOR_ROOM_S
+                may_answer = "no answer" in fates and waited_s < patience_s
+                if not (may_end or may_answer):
                     raise self._no_room(size_bytes, fates)
                 if stopped.wait(_POLL_S):
                     raise Stopped
@@ -166,40 +174,46 @@ class CopiesFolder:
             file = path.open("r+b")
         except FileNotFoundError:
             return "gone"
+        except PermissionError:
+            return "not ours"
         with file:
             if not self._try_lock(file, fcntl.LOCK_EX):
                 return "in use"
-            if not self._has_original(path):
-                return "only copy"
-            if is_at(file, path):
+            fate = self._ask(path)
+            if fate == "gone" and is_at(file, path):
                 path.unlink()
-            return "gone"
+            return fate
 
-    def _has_original(self, path: Path) -> bool:
-        if time.monotonic() - self._asked_s.get(path, -_ASK_AGAIN_S) < _ASK_AGAIN_S:
-            return False
+    def _ask(self, path: Path) -> Fate:
+        """Ask for the original of a copy. Returns what may become of the copy."""
         name, relative = self._split(path)
+        began_s = time.monotonic()
+        if began_s - self._asked_s.get(path, -_ASK_AGAIN_S) < _ASK_AGAIN_S:
+            return "only copy"
+        if began_s < self._silent_until_s.get(name, 0.0):
+            return "no answer"
         origin = self._origin(name)
         assert origin is not None
         try:
             found = origin.store.size_bytes(relative)
-            if found == origin.sizes[relative]:
-                return True
             told = f"is {found} bytes now, not {origin.sizes[relative]}"
+            if found == origin.sizes[relative]:
+                return "gone"
         except MissingFileError:
             told = "is gone"
         except TideError as error:
-            told = f"cannot be asked about ({error.message})"
+            # A host that takes half a minute not to answer is not asked again for each file.
+            took_s = time.monotonic() - began_s
+            self._silent_until_s[name] = began_s + max(_ASK_SILENT_AGAIN_S, 10 * took_s)
+            logger.warning("%s: kept: %s", path, error.message)
+            return "no answer"
         if path not in self._asked_s:
+            where = f"{origin.store.url}/{relative}"
             logger.warning(
-                "%s: kept, as it may be the only copy: its original %s/%s %s",
-                path,
-                origin.store.url,
-                relative,
-                told,
+                "%s: kept, as it may be the only copy: its original %s %s", path, where, told
             )
         self._asked_s[path] = time.monotonic()
-        return False
+        return "only copy"
 
     def _survey(self) -> tuple[list[Path], int]:
         """Return our copies, the one used longest ago first, and the size of what never goes."""
@@ -283,7 +297,9 @@ class CopiesFolder:
             f"{fates.count(fate)} {what}"
             for fate, what in (
                 ("only copy", "files may be the only copies left"),
+                ("no answer", "files whose originals nobody answers for"),
                 ("in use", "files are in use"),
+                ("not ours", "files belong to another user"),
             )
             if fate in fates
         )

@@ -54,13 +54,18 @@ def fetch(
         if isinstance(problem, MissingFileError):
             raise problem
         if attempt < retries:
-            delay_s = min(_FIRST_DELAY_S * 2**attempt, _LONGEST_DELAY_S)
+            delay_s = _delay_s(attempt)
             logger.warning("%s; trying again in %g s", problem.message, delay_s)
             if stopped.wait(delay_s):
                 raise Stopped
     assert problem is not None
     tries = f" ({retries + 1} tries)" if retries else ""
     raise type(problem)(problem.message + tries, hint=problem.hint) from problem
+
+
+def patience_s(retries: int) -> float:
+    """Return for how long a fetch bears with a server that does not answer."""
+    return sum(_delay_s(attempt) for attempt in range(retries))
 
 
 def mismatch(where: str, url: str, facts: Listed, size_bytes: int, sha256: str) -> FormatError:
@@ -71,6 +76,10 @@ def mismatch(where: str, url: str, facts: Listed, size_bytes: int, sha256: str) 
     elif size_bytes == facts.size_bytes:
         told = f"sha256 mismatch (expected {facts.sha256[:12]}…, got {sha256[:12]}…)"
     return FormatError(f"{where}: {told}", hint=f"run 'tide-cache verify {url}'")
+
+
+def _delay_s(attempt: int) -> float:
+    return min(_FIRST_DELAY_S * 2.0**attempt, _LONGEST_DELAY_S)
 
 
 def _attempt(

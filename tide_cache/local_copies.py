@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -21,7 +22,7 @@ from pydantic import Field
 from tide_cache.config import StrictModel
 from tide_cache.copies_folder import SOURCE, CopiesFolder, listed_files
 from tide_cache.errors import StorageError, TideError
-from tide_cache.fetch import Listed, Stopped, fetch
+from tide_cache.fetch import Listed, Stopped, fetch, patience_s
 from tide_cache.manifest import MANIFEST, Manifest
 from tide_cache.store import Store
 
@@ -96,7 +97,8 @@ class LocalCopies:
             for path in self._kept.keys() - set(wanted):
                 self._kept.pop(path).close()
             self._given_up &= set(wanted)
-            self._start_threads()
+            if wanted:
+                self._start_threads()
             self._changed.notify_all()
 
     def open(self, path: str) -> BinaryIO:
@@ -104,11 +106,12 @@ class LocalCopies:
 
         Raises MissingFileError, StorageError or FormatError naming the file.
         """
-        while True:
-            file = self._open_sound(self._listed[path])
-            if file is not None:
-                return file
-            self._request(path).wait()
+        try:
+            while (file := self._open_sound(self._listed[path])) is None:
+                self._request(path).wait()
+            return file
+        except Stopped:
+            raise self._closed() from None
 
     @property
     def fixed_bytes(self) -> int:
@@ -135,8 +138,9 @@ class LocalCopies:
                     request.finish(self._closed())
             self._asked.clear()
             self._changed.notify_all()
+        deadline_s = time.monotonic() + _JOIN_S
         for thread in self._threads:
-            thread.join(_JOIN_S)
+            thread.join(max(0.0, deadline_s - time.monotonic()))
 
     def _closed(self) -> StorageError:
         return StorageError(f"{self.source.url}: closed while being read")
@@ -234,8 +238,11 @@ class LocalCopies:
                     damaged.close()
                 if part is None:
                     return
-                self.folder.make_room(part, facts.size_bytes, self._stopped)
-                fetch(self.source, facts, part, retries=self.config.retries, stopped=self._stopped)
+                retries, stopped = self.config.retries, self._stopped
+                self.folder.make_room(
+                    part, facts.size_bytes, stopped, patience_s=patience_s(retries)
+                )
+                fetch(self.source, facts, part, retries=retries, stopped=stopped)
                 self.folder.settle(part, path)
                 self._checked[facts.path] = os.fstat(part.fileno()).st_ino
         except OSError as error:

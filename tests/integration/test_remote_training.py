@@ -28,9 +28,10 @@ from tests.http_servers import WebServer, web_server
 from tests.s3_servers import s3_server
 from tests.support import PROJECT_ROOT
 from tests.unit.test_local_copies import present, size_of
-from tide_cache import fetch
+from tide_cache import fetch, store
 from tide_cache.cache import open_cache
 from tide_cache.errors import FormatError, StorageError
+from tide_cache.local_copies import LocalStoreConfig
 from tide_cache.store import Store
 
 SHAPE = SetShape(num_samples=96, samples_per_task=8, max_blocks=6)
@@ -160,6 +161,33 @@ def test_a_bad_transfer_is_survived(
     assert server.requests().count(bad) == 3
 
 
+def test_a_server_that_falls_silent_is_survived(
+    workshop: Workshop,
+    straight: Path,
+    server: WebServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(store, "_SILENCE_S", 0.5)
+    server.misbehave("data/view-00/00002.parquet", "stall", times=1)
+    run(workshop, tmp_path / "run", server.url)
+    expect_same(tmp_path / "run", straight)
+
+
+def test_a_bucket_that_goes_away_is_named(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with s3_server(BUCKET, tmp_path / "s3.log"):
+        upload(workshop.cache, f"s3://{BUCKET}/gone")
+        local = LocalStoreConfig(folder=str(tmp_path / "store"), retries=0)
+        cache = open_cache(f"s3://{BUCKET}/gone", local=local)
+        cache.read_rows(0, [0])
+    with pytest.raises(StorageError, match=rf"^s3://{BUCKET}/gone/data/.*: cannot read: "):
+        cache.read_rows(1, [0])
+    cache.close()
+
+
 def test_a_file_that_stays_bad_is_named(
     workshop: Workshop, straight: Path, server: WebServer, tmp_path: Path
 ) -> None:
@@ -180,9 +208,12 @@ def test_a_file_that_stays_bad_is_named(
     expect_same(tmp_path / "run", straight)
 
 
+@pytest.mark.parametrize("is_tight", [False, True])
 def test_a_server_that_is_killed_in_the_middle_and_comes_back_is_survived(
-    workshop: Workshop, straight: Path, server: WebServer, tmp_path: Path
+    workshop: Workshop, straight: Path, server: WebServer, tmp_path: Path, is_tight: bool
 ) -> None:
+    """Also while it should say whether copies that have to make room have originals."""
+    room = {"max_gb": least_gb(workshop, server.url, tmp_path)} if is_tight else {}
     server.misbehave("data/view-01/00005.parquet", "die", times=1)
 
     def restart() -> None:
@@ -194,7 +225,7 @@ def test_a_server_that_is_killed_in_the_middle_and_comes_back_is_survived(
 
     nurse = threading.Thread(target=restart)
     nurse.start()
-    run(workshop, tmp_path / "run", server.url, retries=8)
+    run(workshop, tmp_path / "run", server.url, retries=8, **room)
     nurse.join()
     expect_same(tmp_path / "run", straight)
 
@@ -218,10 +249,10 @@ def test_a_server_that_stays_away_is_named(
 def test_a_full_disk_is_named_and_leaves_nothing(
     workshop: Workshop, straight: Path, server: WebServer, tmp_path: Path
 ) -> None:
-    store = tmp_path / "store"
-    store.mkdir()
+    small = tmp_path / "store"
+    small.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=80k", "tmpfs", str(store)],
+        ["mount", "-t", "tmpfs", "-o", "size=80k", "tmpfs", str(small)],
         capture_output=True,
         check=False,
     )
@@ -234,13 +265,13 @@ def test_a_full_disk_is_named_and_leaves_nothing(
             r"nothing of this file was kept; free some space, or set local_store\.folder",
         ):
             run(workshop, tmp_path / "run", server.url)
-        assert present(store)
-        assert not list(store.rglob("*.part"))
-        subprocess.run(["mount", "-o", "remount,size=64m", str(store)], check=True)
+        assert present(small)
+        assert not list(small.rglob("*.part"))
+        subprocess.run(["mount", "-o", "remount,size=64m", str(small)], check=True)
         run(workshop, tmp_path / "run", server.url)
         expect_same(tmp_path / "run", straight)
     finally:
-        subprocess.run(["umount", str(store)], check=True)
+        subprocess.run(["umount", str(small)], check=True)
 
 
 class FirstStep:
