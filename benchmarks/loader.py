@@ -39,10 +39,10 @@ import pyarrow as pa
 import torch
 
 from benchmarks.loader_sets import BLOCK_SIZE, PayloadKind, SetSize, losses_of, write_set
-from stage2_student.attention import AttentionMasks
-from stage2_student.batches import BatchReader
+from stage2_student.attention import BY_ROWS
+from stage2_student.batches import BatchReader, InputForm
 from stage2_student.compatibility import teacher_reading
-from stage2_student.objective import ObjectiveConfig
+from stage2_student.objective_config import ObjectiveConfig
 from stage2_student.shard_needs import ShardFetcher, ShardNeeds
 from stage2_student.stream import GlobalOrder, StepStream
 from tide_cache.cache import Cache, open_cache
@@ -168,13 +168,14 @@ class Bench:
 
     def _reader(self, cache: Cache) -> BatchReader:
         objective = ObjectiveConfig(losses=losses_of(self.kind))
-        masks = AttentionMasks(
-            block_size=BLOCK_SIZE, implementation="sdpa", device=torch.device("cpu")
-        )
         return BatchReader(
             cache,
-            masks=masks,
-            mask_token_id=self.options.vocab_size - 1,
+            form=InputForm(
+                block_size=BLOCK_SIZE,
+                mask_token_id=self.options.vocab_size - 1,
+                attention=BY_ROWS,
+                device=torch.device("cpu"),
+            ),
             teacher=teacher_reading(cache, objective),
         )
 

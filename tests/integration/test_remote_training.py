@@ -20,7 +20,7 @@ import pytest
 from safetensors.torch import load_file
 
 from stage2_student.config import TrainConfig
-from stage2_student.metrics import TIMING_KEYS, read_metrics
+from stage2_student.metrics import MEASURED_KEYS, read_metrics
 from stage2_student.plan import describe, open_run
 from stage2_student.trainer import TrainSummary, train
 from tests.cache_builders import SetShape, Workshop, make_workshop
@@ -82,7 +82,7 @@ def run(
 
 def losses_of(output: Path) -> list[dict[str, Any]]:
     lines = read_metrics(output / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if k not in TIMING_KEYS} for line in lines]
+    return [{k: v for k, v in line.items() if k not in MEASURED_KEYS} for line in lines]
 
 
 def expect_same(output: Path, straight: Path) -> None:
