@@ -5,7 +5,7 @@ plan is what `--dry-run` prints: steps, epochs, positions, parameters.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from stage2_student.compatibility import check_objective, check_student
@@ -26,7 +26,10 @@ _WINDOWS_KEPT = 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OpenRun:
-    """The parts of a run that fit together. No weights are loaded."""
+    """The parts of a run that fit together; `fetching` where the set is a remote one.
+
+    No weights are loaded.
+    """
 
     config: TrainConfig
     cache: Cache
@@ -34,6 +37,7 @@ class OpenRun:
     source: StudentSource
     order: GlobalOrder
     max_steps: int
+    fetching: RemotePlan | None = None
 
     def close(self) -> None:
         """Close the sets."""
@@ -46,14 +50,6 @@ class OpenRun:
         """Which shards the steps of this run need."""
         prefetch = self.config.stream.prefetch
         return ShardNeeds(self.order, self.cache, max_steps=self.max_steps, prefetch=prefetch)
-
-    @property
-    def fetching(self) -> RemotePlan | None:
-        """What will be fetched where the set is a remote one."""
-        if self.cache.copies is None:
-            return None
-        others = [] if self.evaluation_cache is None else [self.evaluation_cache]
-        return plan_fetching(self.shard_needs, self.cache.copies, others)
 
     @property
     def deciding_keys(self) -> dict[str, Any]:
@@ -98,9 +94,12 @@ def open_run(config: TrainConfig, cache_url: str) -> OpenRun:
         order=order,
         max_steps=max_steps,
     )
-    if run.fetching is not None:
-        run.fetching.require_room()
-    return run
+    if cache.copies is None:
+        return run
+    others = [] if evaluation_cache is None else [evaluation_cache]
+    fetching = plan_fetching(run.shard_needs, cache.copies, others)
+    fetching.require_room()
+    return replace(run, fetching=fetching)
 
 
 def describe(run: OpenRun) -> dict[str, Any]:
@@ -110,7 +109,6 @@ def describe(run: OpenRun) -> dict[str, Any]:
         check_weights(fetch_weights(source), source.model_config)
     num_rows_view = run.cache.num_samples
     epochs = run.max_steps / run.order.steps_per_epoch
-    fetching = run.fetching
     return {
         "cache": run.cache.url,
         "cache_identity": run.cache.identity,
@@ -128,7 +126,7 @@ def describe(run: OpenRun) -> dict[str, Any]:
             counts.get("num_masked_positions", 0) / run.cache.num_views * epochs
         ),
         "num_positions": round(counts.get("num_positions", 0) / run.cache.num_views * epochs),
-        **({} if fetching is None else {"local_store": fetching.as_json()}),
+        **({} if run.fetching is None else {"local_store": run.fetching.as_json()}),
     }
 
 

@@ -3,12 +3,12 @@
 The order of rows is known beforehand, so the windows of row groups are too, and with them the
 shards: `ShardNeeds` walks them, a pure function of the order, and `ShardFetcher` names those of the
 steps ahead to the local copies as training advances. As many windows are named as go into half of
-the local store; the other half keeps what was used last. At least those of the steps that may be
-read ahead must fit, which is known, and asked, before anything is fetched.
+the local store, at most an epoch; the other half keeps what was used last. At least those of the
+steps that may be read ahead must fit, which is known, and asked, before anything is fetched.
 """
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +39,11 @@ class ShardNeeds:
         self.prefetch = prefetch
 
     @property
+    def steps_per_epoch(self) -> int:
+        """Number of steps of an epoch."""
+        return self._order.steps_per_epoch
+
+    @property
     def num_epochs(self) -> int:
         """Number of epochs that the run begins."""
         return -(-self.max_steps // self._order.steps_per_epoch)
@@ -56,24 +61,24 @@ class ShardNeeds:
         They are of the windows of a step and of the steps read ahead of it.
         """
         in_use: deque[WindowNeeds] = deque()
-        least = 0
+        sizes = _CountedSizes()
         for window in self.windows():
             # Most is in use at the last step of the oldest window.
             while in_use and in_use[0].last_step + self.prefetch < window.first_step:
-                in_use.popleft()
+                sizes.remove(in_use.popleft())
             in_use.append(window)
-            least = max(least, total_bytes(in_use))
-        return least
+            sizes.add(window)
+        return sizes.most_bytes
 
-    def bytes_to_fetch(self, max_bytes: int) -> int:
-        """Return how much a run will fetch into an empty store of `max_bytes`.
-
-        Every shard once where all fit, else once per epoch.
-        """
-        once = total_bytes(self.windows())
-        if once <= max_bytes:
-            return once
-        return sum(total_bytes(self._windows_of(epoch)) for epoch in range(self.num_epochs))
+    def bytes_read(self) -> tuple[int, int]:
+        """Return the size of all shards that a run reads, each once, and once for each epoch."""
+        once: dict[str, int] = {}
+        each: dict[tuple[int, str], int] = {}
+        for window in self.windows():
+            epoch = window.first_step // self._order.steps_per_epoch
+            for shard in window.shards:
+                once[shard.path] = each[epoch, shard.path] = shard.size_bytes
+        return sum(once.values()), sum(each.values())
 
     def _windows_of(self, epoch: int) -> Iterator[WindowNeeds]:
         order, row = self._order, 0
@@ -88,10 +93,27 @@ class ShardNeeds:
             row = stop
 
 
-def total_bytes(windows: Iterable[WindowNeeds]) -> int:
-    """Return the size of the shards of some windows, each counted once."""
-    sizes = {shard.path: shard.size_bytes for window in windows for shard in window.shards}
-    return sum(sizes.values())
+class _CountedSizes:
+    """The size of the shards of the windows that were added and not removed, each shard once."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._bytes = 0
+        self.most_bytes = 0
+
+    def with_window(self, window: WindowNeeds) -> int:
+        """Return what the size would be with another window."""
+        return self._bytes + sum(s.size_bytes for s in window.shards if not self._counts[s.path])
+
+    def add(self, window: WindowNeeds) -> None:
+        self._bytes = self.with_window(window)
+        self._counts.update(shard.path for shard in window.shards)
+        self.most_bytes = max(self.most_bytes, self._bytes)
+
+    def remove(self, window: WindowNeeds) -> None:
+        for shard in window.shards:
+            self._counts[shard.path] -= 1
+            self._bytes -= shard.size_bytes if not self._counts[shard.path] else 0
 
 
 class ShardFetcher:
@@ -105,6 +127,7 @@ class ShardFetcher:
         self._ahead: deque[WindowNeeds] = deque()
         self._source: Iterator[WindowNeeds] = iter(())
         self._next: WindowNeeds | None = None
+        self._sizes = _CountedSizes()
 
     def at(self, step: int) -> None:
         """Free what only earlier steps needed, and name what later ones will, as far as it goes."""
@@ -114,11 +137,12 @@ class ShardFetcher:
         self._at = step
         num_before = len(self._ahead)
         while self._ahead and self._ahead[0].last_step < step:
-            self._ahead.popleft()
+            self._sizes.remove(self._ahead.popleft())
         if is_new or len(self._ahead) < num_before or self._must_take(step):
-            while self._must_take(step) or self._has_room():
+            while self._must_take(step) or self._may_take(step):
                 assert self._next is not None
                 self._ahead.append(self._next)
+                self._sizes.add(self._next)
                 self._next = next(self._source, None)
             shards = (shard.path for window in self._ahead for shard in window.shards)
             self._copies.keep(list(dict.fromkeys(shards)))
@@ -130,6 +154,7 @@ class ShardFetcher:
 
     def _restart(self, step: int) -> None:
         self._ahead.clear()
+        self._sizes = _CountedSizes()
         self._source = self._needs.windows(step)
         self._next = next(self._source, None)
 
@@ -137,21 +162,24 @@ class ShardFetcher:
         reach = step + self._needs.prefetch
         return self._next is not None and self._next.first_step <= reach
 
-    def _has_room(self) -> bool:
-        if self._next is None:
+    def _may_take(self, step: int) -> bool:
+        if self._next is None or self._next.first_step > step + self._needs.steps_per_epoch:
             return False
-        return total_bytes((*self._ahead, self._next)) <= self._budget_bytes
+        return self._sizes.with_window(self._next) <= self._budget_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RemotePlan:
-    """What a run from a remote set will fetch, and what room it needs for that."""
+    """What a run from a remote set will fetch into an empty store, and what room it needs for that.
+
+    Every shard is fetched once where all that the run reads fits, else once an epoch.
+    """
 
     folder: str
     max_bytes: int
     least_bytes: int
     bytes_to_fetch: int
-    bytes_of_run: int
+    fits: bool
 
     def as_json(self) -> dict[str, Any]:
         """Return the plan as JSON values."""
@@ -160,7 +188,7 @@ class RemotePlan:
             "max_gb": self.max_bytes / BYTES_PER_GB,
             "least_gb": _gb_up(self.least_bytes),
             "gb_to_fetch": _gb_up(self.bytes_to_fetch),
-            "fits": self.bytes_of_run <= self.max_bytes,
+            "fits": self.fits,
         }
 
     def require_room(self) -> None:
@@ -184,12 +212,14 @@ def plan_fetching(needs: ShardNeeds, copies: LocalCopies, others: Iterable[Cache
             beside.append(other.copies.largest_bytes())
             fixed.append(other.copies.fixed_bytes)
     max_bytes = copies.config.max_bytes
+    once, each = needs.bytes_read()
+    fits = once + sum(fixed) <= max_bytes
     return RemotePlan(
         folder=str(copies.config.root),
         max_bytes=max_bytes,
         least_bytes=needs.least_bytes() + sum(beside) + sum(fixed),
-        bytes_to_fetch=needs.bytes_to_fetch(max_bytes - sum(fixed)),
-        bytes_of_run=total_bytes(needs.windows()) + sum(fixed),
+        bytes_to_fetch=once if fits else each,
+        fits=fits,
     )
 
 

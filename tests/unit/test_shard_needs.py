@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stage2_student.shard_needs import RemotePlan, ShardFetcher, ShardNeeds, total_bytes
+from stage2_student.shard_needs import RemotePlan, ShardFetcher, ShardNeeds
 from stage2_student.stream import GlobalOrder
 from tests.cache_builders import SetShape, save_tokenizer, write_premasked
 from tide_cache.cache import Cache, open_cache
@@ -90,7 +90,7 @@ def test_what_is_named_is_what_is_read(
     reads = remembered(lambda step: read_by(order, cache, step))
     windows = list(needs.windows())
     sizes = {shard.path: shard.size_bytes for shard in cache.manifest.shards}
-    least, everything = needs.least_bytes(), total_bytes(windows)
+    least, everything = needs.least_bytes(), needs.bytes_read()[0]
     max_bytes = least + int(room * 2 * everything)
     recorder = Recorder(max_bytes)
     fetcher = ShardFetcher(needs, cast(LocalCopies, recorder))
@@ -131,12 +131,11 @@ def test_what_a_run_fetches(cache: Cache) -> None:
     _, needs = needs_of(cache, batch_size=100, window=2, pool=None, max_steps=28, prefetch=1)
     whole = sum(shard.size_bytes for shard in cache.manifest.shards)
     assert needs.num_epochs == 4
-    assert needs.bytes_to_fetch(whole) == whole
-    assert needs.bytes_to_fetch(whole - 1) == 2 * whole, "four epochs of two views"
+    assert needs.bytes_read() == (whole, 2 * whole), "four epochs of two views"
 
 
 def test_too_little_room_is_refused_with_what_suffices() -> None:
-    facts: dict[str, Any] = {"folder": str(Path("store")), "bytes_to_fetch": 1, "bytes_of_run": 1}
+    facts: dict[str, Any] = {"folder": str(Path("store")), "bytes_to_fetch": 1, "fits": True}
     plan = RemotePlan(max_bytes=10**6, least_bytes=1_234_567, **facts)
     with pytest.raises(
         ConfigError, match=r"local_store\.max_gb: expected at least 0\.001235 .*, got 0\.001; raise"
