@@ -7,7 +7,6 @@ unpickled on the way back and the order of parameters does not matter.
 """
 
 import importlib.util
-import logging
 import math
 from pathlib import Path
 from typing import Any, Literal
@@ -91,12 +90,8 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Opt
         return torch.optim.AdamW(groups, **settings, fused=True)
     names = sorted(str(dtype).removeprefix("torch.") for dtype in others)
     require_optimizer(config, ", ".join(names) or "float32")
-    # On import torchao warns of each kernel that this build of torch has no use for.
-    logging.disable(logging.WARNING)
-    try:
-        from stage2_student.low_bits import LowBitAdamW
-    finally:
-        logging.disable(logging.NOTSET)
+    from stage2_student.low_bits import LowBitAdamW
+
     return LowBitAdamW(groups, **settings, eight_bits=config.state == "8bit")
 
 

@@ -68,10 +68,6 @@ def run(app: typer.Typer) -> None:
         format="%(levelname)s %(name)s: %(message)s",
         stream=sys.stderr,
     )
-    # Where torchao is installed transformers imports it, and it warns of each of its kernels that
-    # this build of torch has no use for.
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         app()
     except TideError as error:

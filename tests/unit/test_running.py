@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -10,7 +9,8 @@ from transformers import Qwen3ForCausalLM
 
 from stage2_student.running import set_up_layers
 from stage2_student.student_source import StudentConfig
-from tests.unit.test_student import masks, tiny_config
+from tests.unit.test_student import BLOCK, tiny_config
+from tide_cache.geometry import block_diffusion_mask
 
 
 def make(**choices: Any) -> Qwen3ForCausalLM:
@@ -31,10 +31,11 @@ def loss_of(model: Qwen3ForCausalLM) -> tuple[Tensor, int]:
         return tensor
 
     ids_BS = torch.arange(4 * 32).reshape(4, 32) % 37
+    visible = torch.from_numpy(block_diffusion_mask(16, BLOCK))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         hidden = model.model(
             input_ids=ids_BS,
-            attention_mask={"full_attention": masks().of(np.full(4, 16), 16)},
+            attention_mask={"full_attention": visible[None, None]},
             position_ids=torch.arange(16).repeat(2)[None],
             use_cache=False,
         ).last_hidden_state
