@@ -139,7 +139,7 @@ class OnlineTrainer(Trainer):
     def _open_stream(self) -> StepStream:
         mask_token_id = self.run.source.mask_token_id
         reader = OnlineReader(self.teacher, form=_form(self.run.cache, self.student, mask_token_id))
-        return StepStream(self.run.order, reader, rank=0, world_size=1, micro_batch_size=None)
+        return StepStream(self.run.order, [reader], rank=0, world_size=1, micro_batch_size=None)
 
 
 def _form(cache: Cache, student: Student, mask_token_id: int) -> InputForm:

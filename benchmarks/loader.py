@@ -187,7 +187,7 @@ class Bench:
             fetcher = ShardFetcher(needs, cache.copies)
         return StepStream(
             order,
-            self._reader(cache),
+            [self._reader(cache)],
             rank=0,
             world_size=1,
             micro_batch_size=None,

@@ -25,7 +25,10 @@ app = make_app("tide-train", "Train a student from a teacher cache.")
 @app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file, see examples/.")],
-    cache: Annotated[str, typer.Option(help="Folder or URL of a cache or premasked set.")],
+    cache: Annotated[
+        list[str],
+        typer.Option(help="Folder or URL of a cache or premasked set; may be given several times."),
+    ],
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key.")
     ] = None,
@@ -53,6 +56,8 @@ def train(
 
     tide-train student.yaml --cache runs/cache --set optimizer.learning_rate=1e-4 --set seed=3
 
+    tide-train student.yaml --cache runs/code --cache runs/math --set cache_weights=[2,1]
+
     accelerate launch --num_processes 8 -m stage2_student student.yaml --cache runs/cache
     """
     try:
@@ -77,7 +82,9 @@ def _read(path: Path, overrides: list[str]) -> "TrainConfig":
     return load_config(path, TrainConfig, overrides, section="train")
 
 
-def _plan(config: "TrainConfig", cache: str, gpu_memory_gib: float, json_output: bool) -> None:
+def _plan(
+    config: "TrainConfig", cache: list[str], gpu_memory_gib: float, json_output: bool
+) -> None:
     from stage2_student.memory_table import memory_plan_of, print_memory_plan
     from stage2_student.plan import open_run
 
@@ -88,7 +95,9 @@ def _plan(config: "TrainConfig", cache: str, gpu_memory_gib: float, json_output:
         print_memory_plan(plan, Console(soft_wrap=True))
 
 
-def _run(config: "TrainConfig", cache: str, resume: str, dry_run: bool, json_output: bool) -> None:
+def _run(
+    config: "TrainConfig", cache: list[str], resume: str, dry_run: bool, json_output: bool
+) -> None:
     from accelerate import PartialState
 
     from stage2_student.plan import describe, open_run

@@ -6,6 +6,7 @@ temperature whose mass the cache does not know) is refused, never adapted.
 """
 
 import logging
+from collections.abc import Sequence
 from typing import Literal
 
 from stage2_student.objective_config import ObjectiveConfig, PayloadName
@@ -62,6 +63,25 @@ def check_objective(cache: Cache, objective: ObjectiveConfig, num_embedding_rows
             raise _missing_payload(cache, payload, loss)
         if isinstance(facts, CandidatesFacts):
             _check_candidates(cache, facts, objective, num_embedding_rows)
+
+
+def check_alike(caches: Sequence[Cache]) -> None:
+    """Raise CompatibilityError unless a student can read all caches of a run in the same way."""
+    first = caches[0]
+    identities: dict[str, str] = {}
+    for cache in caches:
+        if cache.identity in identities:
+            raise CompatibilityError(
+                f"{cache.url}: the same cache as {identities[cache.identity]}",
+                hint="name it once, and give it more weight in cache_weights",
+            )
+        identities[cache.identity] = cache.url
+        if cache.manifest.block_size != first.manifest.block_size:
+            raise CompatibilityError(
+                f"{cache.url}: block_size: {first.url} was made for "
+                f"{first.manifest.block_size}, this one for {cache.manifest.block_size}",
+                hint="train on caches of one block size, or prepare one of them anew",
+            )
 
 
 def candidates_facts(manifest: Manifest) -> CandidatesFacts | None:

@@ -4,7 +4,7 @@ Keys in `FREE_KEYS` say where and how often, or how the same step is computed; a
 with other values of them. All others decide what is learnt, and changing one is another run.
 """
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -35,7 +35,7 @@ FREE_KEYS = (
 
 
 class TrainConfig(StrictModel):
-    """One training run. The cache is named on the command line."""
+    """One training run. Its caches are named on the command line."""
 
     output: str = Field(description="folder for checkpoints, metrics and the final student")
     student: StudentConfig
@@ -44,6 +44,11 @@ class TrainConfig(StrictModel):
     optimizer: OptimizerConfig = OptimizerConfig()
     epochs: int | None = Field(None, ge=1, description="passes over the samples; or max_steps")
     max_steps: int | None = Field(None, ge=1, description="optimiser steps; or epochs")
+    cache_weights: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(
+        None,
+        description="share of the steps that read each --cache, in their order; default: as many "
+        "as read each once an epoch",
+    )
     seed: int = Field(0, ge=0, description="of the order of rows, and of init: random")
     precision: Literal["float32", "bf16"] = Field("float32", description="bf16: autocast")
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -9,7 +9,7 @@ steps that may be read ahead must fit, which is known, and asked, before anythin
 
 import math
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,10 +119,11 @@ class _CountedSizes:
 class ShardFetcher:
     """Names the shards of the steps ahead to the local copies."""
 
-    def __init__(self, needs: ShardNeeds, copies: LocalCopies) -> None:
+    def __init__(self, needs: ShardNeeds, copies: LocalCopies, *, num_sharing: int = 1) -> None:
+        """Share the half of the store that is for fetching ahead with so many fetchers in all."""
         self._needs = needs
         self._copies = copies
-        self._budget_bytes = copies.config.max_bytes // 2
+        self._budget_bytes = copies.config.max_bytes // 2 // num_sharing
         self._at: int | None = None
         self._ahead: deque[WindowNeeds] = deque()
         self._source: Iterator[WindowNeeds] = iter(())
@@ -203,21 +204,28 @@ class RemotePlan:
             )
 
 
-def plan_fetching(needs: ShardNeeds, copies: LocalCopies, others: Iterable[Cache]) -> RemotePlan:
-    """Say what a run will fetch. `others` are sets that are read beside it, a file at a time."""
-    beside = [copies.largest_bytes(codec_files_only=True)]
-    fixed = [copies.fixed_bytes]
+def plan_fetching(
+    parts: Sequence[tuple[ShardNeeds, LocalCopies]], others: Iterable[Cache]
+) -> RemotePlan:
+    """Say what a run will fetch for its remote sets, at least one.
+
+    `others` are sets that are read beside them, a file at a time.
+    """
+    beside = [copies.largest_bytes(codec_files_only=True) for _, copies in parts]
+    fixed = [copies.fixed_bytes for _, copies in parts]
     for other in others:
         if other.copies is not None:
             beside.append(other.copies.largest_bytes())
             fixed.append(other.copies.fixed_bytes)
-    max_bytes = copies.config.max_bytes
-    once, each = needs.bytes_read()
+    config = parts[0][1].config
+    max_bytes = config.max_bytes
+    read = [needs.bytes_read() for needs, _ in parts]
+    once, each = sum(once for once, _ in read), sum(each for _, each in read)
     fits = once + sum(fixed) <= max_bytes
     return RemotePlan(
-        folder=str(copies.config.root),
+        folder=str(config.root),
         max_bytes=max_bytes,
-        least_bytes=needs.least_bytes() + sum(beside) + sum(fixed),
+        least_bytes=sum(needs.least_bytes() for needs, _ in parts) + sum(beside) + sum(fixed),
         bytes_to_fetch=once if fits else each,
         fits=fits,
     )

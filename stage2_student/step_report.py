@@ -23,6 +23,7 @@ def step_metrics(
     *,
     updater: Updater,
     accelerator: "Accelerator",
+    several_caches: bool = False,
 ) -> dict[str, Any]:
     """Return what a step came to, over all ranks. Every rank must ask.
 
@@ -37,6 +38,7 @@ def step_metrics(
         "step": step + 1,
         "epoch": work.rows.epoch,
         "view": work.rows.view,
+        **({"cache": work.rows.cache} if several_caches else {}),
         **dict(zip(outcome.shares, values.tolist(), strict=True)),
         "grad_norm": number(outcome.grad_norm),
         "learning_rate": updater.learning_rate(step),

@@ -8,7 +8,7 @@ left (its losses are means, so its rows weigh more, by less than one step per ep
 """
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -53,12 +53,13 @@ class StreamConfig(StrictModel):
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class StepRows:
-    """The rows of one step, over all ranks."""
+    """The rows of one step, over all ranks. `cache` counts the caches of a run of several."""
 
     step: int
     epoch: int
     view: int
     rows_G: Int64Array
+    cache: int = 0
 
 
 class GlobalOrder:
@@ -82,8 +83,13 @@ class GlobalOrder:
         self.groups_per_window = groups_per_window
         self.groups_per_shard = groups_per_shard
         self.shards_per_pool = shards_per_pool
-        self.steps_per_epoch = -(-int(group_sizes.sum()) // batch_size)
+        self._steps_per_epoch = -(-int(group_sizes.sum()) // batch_size)
         self._epoch: tuple[int, Int64Array] | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Number of steps in which every row is read once."""
+        return self._steps_per_epoch
 
     def at(self, step: int) -> StepRows:
         """Return the rows of step `step` (from 0)."""
@@ -136,6 +142,17 @@ def rank_rows(
     return np.array_split(share, num_micro)
 
 
+class StepOrder(Protocol):
+    """Knows the rows of every step of a run."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Number of steps in which every row could be read once."""
+
+    def at(self, step: int) -> StepRows:
+        """Return the rows of step `step` (from 0)."""
+
+
 class FetchAhead(Protocol):
     """Whoever fetches what later steps read."""
 
@@ -159,13 +176,13 @@ class StepStream:
 
     Nothing in here depends on what training did, so neither does reading ahead; `workers` threads
     (0: the caller's own) give the same batches. `stall_s` adds up the seconds for which steps were
-    waited for. `fetch_ahead` is told where training stands.
+    waited for. `readers`: one for each cache. `fetch_ahead` is told where training stands.
     """
 
     def __init__(
         self,
-        order: GlobalOrder,
-        reader: BatchReader,
+        order: StepOrder,
+        readers: Sequence[BatchReader],
         *,
         rank: int,
         world_size: int,
@@ -176,7 +193,7 @@ class StepStream:
     ) -> None:
         self.order = order
         self.stall_s = 0.0
-        self._reader = reader
+        self._readers = tuple(readers)
         self._rank = rank
         self._world_size = world_size
         self._micro_batch_size = micro_batch_size
@@ -221,10 +238,11 @@ class StepStream:
         )
 
     def _read(self, step: StepRows, rows: Int64Array) -> Batch:
+        reader = self._readers[step.cache]
         if len(rows):
-            return self._reader.read(step.view, rows)
+            return reader.read(step.view, rows)
         # This rank has no row left, but must take part in the exchange of gradients.
-        return self._reader.read(step.view, step.rows_G[:1]).without_targets()
+        return reader.read(step.view, step.rows_G[:1]).without_targets()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,6 @@ from stage2_student.plan import OpenRun, open_run
 from stage2_student.progress import NoProgress, TrainProgress
 from stage2_student.released_format import save_released, weights
 from stage2_student.running import set_up_layers
-from stage2_student.shard_needs import ShardFetcher
 from stage2_student.step_report import Meter, peak_memory_bytes, step_metrics
 from stage2_student.stream import StepBatches, StepStream, StreamState
 from stage2_student.student import Student, load_model, load_student
@@ -74,22 +73,23 @@ class TrainSummary:
 
 def train(
     config: TrainConfig,
-    cache_url: str | Path,
+    cache_urls: str | Path | Sequence[str | Path],
     *,
     resume: str = checkpoints.AUTO,
     progress: TrainProgress | None = None,
 ) -> TrainSummary:
-    """Train a student from a cache, going on from the newest checkpoint in `config.output`.
+    """Train a student from a cache or several, going on from the newest checkpoint in the output.
 
     `resume` is `auto`, `never` or the folder of a checkpoint. Raises ConfigError, FormatError and
     CompatibilityError before a model is loaded; StorageError when the disk is full; TideError when
     the loss is no number any more.
     """
-    run = open_run(config, str(cache_url))
+    urls = [cache_urls] if isinstance(cache_urls, str | Path) else cache_urls
+    run = open_run(config, [str(url) for url in urls])
     point = checkpoints.find_resume_point(Path(config.output), resume)
     if point is not None:
         point.require_config(run.deciding_keys)
-        point.stream.require_cache(run.cache.identity, where=str(point.folder))
+        point.stream.require_cache(run.identity, where=str(point.folder))
     try:
         trainer = Trainer(run, point, progress or NoProgress())
         summary = trainer.train()
@@ -157,7 +157,12 @@ class Trainer:
         self, work: StepBatches, counts: StepCounts, outcome: StepOutcome, meter: Meter
     ) -> dict[str, Any]:
         metrics = step_metrics(
-            work, counts, outcome, updater=self.updater, accelerator=self.accelerator
+            work,
+            counts,
+            outcome,
+            updater=self.updater,
+            accelerator=self.accelerator,
+            several_caches=len(self.run.caches) > 1,
         )
         metrics |= meter.lap()
         self._require_finite(metrics)
@@ -226,7 +231,7 @@ class Trainer:
 
             checkpoints.write_checkpoint(
                 self.output,
-                StreamState(num_steps_done=done, cache_identity=self.run.cache.identity),
+                StreamState(num_steps_done=done, cache_identity=self.run.identity),
                 deciding_keys=self.run.deciding_keys,
                 config=self.config.model_dump(mode="json"),
                 write_files=write,
@@ -265,7 +270,7 @@ class Trainer:
         summary = TrainSummary(
             output=str(self.output),
             final=str(final),
-            cache_identity=self.run.cache.identity,
+            cache_identity=self.run.identity,
             steps=self.run.max_steps,
             resumed_from_step=self.first_step,
             epochs=self.run.max_steps / self.run.order.steps_per_epoch,
@@ -299,24 +304,23 @@ class Trainer:
         return load_model(point.folder, config, dtype=dtype, attention_implementation=attention)
 
     def _open_stream(self) -> StepStream:
-        reader = BatchReader(
-            self.run.cache,
-            form=InputForm(
-                block_size=self.run.cache.manifest.block_size,
-                mask_token_id=self.run.source.mask_token_id,
-                attention=self.student.model.config._attn_implementation,
-                device=self.accelerator.device,
-            ),
-            teacher=teacher_reading(self.run.cache, self.config.objective),
+        form = InputForm(
+            block_size=self.run.cache.manifest.block_size,
+            mask_token_id=self.run.source.mask_token_id,
+            attention=self.student.model.config._attn_implementation,
+            device=self.accelerator.device,
         )
-        copies = self.run.cache.copies
+        readers = [
+            BatchReader(cache, form=form, teacher=teacher_reading(cache, self.config.objective))
+            for cache in self.run.caches
+        ]
         return StepStream(
             self.run.order,
-            reader,
+            readers,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
             micro_batch_size=self.config.stream.micro_batch_size,
             workers=self.config.stream.workers,
             prefetch=self.config.stream.prefetch,
-            fetch_ahead=None if copies is None else ShardFetcher(self.run.shard_needs, copies),
+            fetch_ahead=self.run.fetcher(),
         )
