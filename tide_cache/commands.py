@@ -2,6 +2,8 @@
 
 import json
 import sys
+from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,14 +18,47 @@ from tide_cache.inspect import lines, summary
 from tide_cache.status import lines as status_lines
 from tide_cache.status import status as find_status
 from tide_cache.store import Store
-from tide_cache.verify import Report, verify_set
+from tide_cache.verify import Report, default_workers, verify_set
 from tide_cache.writer import read_manifest
 
 Url = Annotated[str, typer.Argument(help="Folder or URL of a premasked set or a cache.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
+_LEVEL_TEXTS = {
+    "manifest": " as far as its manifest says, no file was read",
+    "files": " as far as its files' hashes say, no row was read",
+    "deep": "",
+}
 
-def verify(url: Url, json_output: Json = False) -> None:
+
+class VerifyLevel(StrEnum):
+    """How much of a set `verify` reads."""
+
+    manifest = "manifest"
+    files = "files"
+    deep = "deep"
+
+
+def verify(
+    url: Url,
+    json_output: Json = False,
+    level: Annotated[
+        VerifyLevel,
+        typer.Option(
+            help="manifest: what it says; files: sizes and sha256s too; deep: every row too."
+        ),
+    ] = VerifyLevel.deep,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes. Default: by the size of the set.")
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Keep there which shards were found good, and go on from it after a kill.",
+        ),
+    ] = None,
+) -> None:
     """Check hashes, schema and every bound of a set; exit 0 if sound, 1 if not, 2 if unreadable.
 
     [bold]Examples[/bold]
@@ -31,10 +66,12 @@ def verify(url: Url, json_output: Json = False) -> None:
     tide-cache verify runs/cache
 
     tide-cache verify runs/cache --json | jq .problems
+
+    tide-cache verify s3://lab/cache --level files --resume verify.jsonl
     """
     try:
         store = Store(url)
-        report = _verify_with_progress(store)
+        report = _verify_with_progress(store, level, workers, resume)
     except TideError as error:
         if json_output:
             sys.stdout.write(json.dumps({"url": url, "ok": False, "problems": [str(error)]}) + "\n")
@@ -88,7 +125,9 @@ def status(url: Url, json_output: Json = False) -> None:
     Console().print(table)
 
 
-def _verify_with_progress(store: Store) -> Report:
+def _verify_with_progress(
+    store: Store, level: VerifyLevel, workers: int | None, resume: Path | None
+) -> Report:
     console = Console(stderr=True)
     columns = (
         TextColumn("verify"),
@@ -97,12 +136,18 @@ def _verify_with_progress(store: Store) -> Report:
         TextColumn("{task.fields[shard]}"),
         TimeRemainingColumn(),
     )
-    total = len(read_manifest(store).shards)
+    manifest = read_manifest(store)
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as bar:
-        task = bar.add_task("verify", total=total, shard="")
-        return verify_set(store, on_shard=lambda path: bar.update(task, advance=1, shard=path))
+        task = bar.add_task("verify", total=len(manifest.shards), shard="")
+        return verify_set(
+            store,
+            level=level.value,
+            num_workers=workers or default_workers(manifest),
+            resume=resume,
+            on_shard=lambda path: bar.update(task, advance=1, shard=path),
+        )
 
 
 def _print_report(report: Report) -> None:
@@ -112,8 +157,8 @@ def _print_report(report: Report) -> None:
         out.print(problem, markup=False, highlight=False)
     verdict = "[green]sound[/green]" if report.ok else f"[red]{len(report.problems)} problems[/red]"
     out.print(
-        f"{report.url}: {verdict} ({report.kind} {report.identity[:12]}…, {report.num_shards} "
-        f"shards, {report.num_rows:,} rows, {report.num_payload_entries:,} payload entries, "
-        f"{report.size_bytes / 1e6:,.1f} MB)",
+        f"{report.url}: {verdict}{_LEVEL_TEXTS[report.level]} ({report.kind} "
+        f"{report.identity[:12]}…, {report.num_shards} shards, {report.num_rows:,} rows, "
+        f"{report.num_payload_entries:,} payload entries, {report.size_bytes / 1e6:,.1f} MB)",
         highlight=False,
     )
