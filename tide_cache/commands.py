@@ -15,6 +15,7 @@ from rich.text import Text
 from tide_cache.cli import show_error
 from tide_cache.errors import TideError
 from tide_cache.inspect import lines, summary
+from tide_cache.signing import find_signature, sign_set
 from tide_cache.status import lines as status_lines
 from tide_cache.status import status as find_status
 from tide_cache.store import Store
@@ -58,6 +59,13 @@ def verify(
             help="Keep there which shards were found good, and go on from it after a kill.",
         ),
     ] = None,
+    public_key: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Check first that the set is as the owner of this key signed it (PEM).",
+        ),
+    ] = None,
 ) -> None:
     """Check hashes, schema and every bound of a set; exit 0 if sound, 1 if not, 2 if unreadable.
 
@@ -68,10 +76,16 @@ def verify(
     tide-cache verify runs/cache --json | jq .problems
 
     tide-cache verify s3://lab/cache --level files --resume verify.jsonl
+
+    tide-cache verify runs/cache --public-key lab.pub
     """
     try:
         store = Store(url)
+        signature = None if public_key is None else find_signature(store, public_key)
         report = _verify_with_progress(store, level, workers, resume)
+        if signature is not None:
+            report.signature = signature
+            report.problems[:0] = [] if signature == "good" else [signature]
     except TideError as error:
         if json_output:
             sys.stdout.write(json.dumps({"url": url, "ok": False, "problems": [str(error)]}) + "\n")
@@ -83,6 +97,28 @@ def verify(
     else:
         _print_report(report)
     raise typer.Exit(0 if report.ok else 1)
+
+
+def sign(
+    url: Url,
+    private_key: Annotated[
+        Path, typer.Option(metavar="FILE", help="An elliptic curve key of your own (PEM).")
+    ],
+) -> None:
+    """Sign all files of a set on a local disk: writes cache.sig beside its manifest.
+
+    Make a key once, and give key.pub to those who check:
+
+    openssl ecparam -name prime256v1 -genkey -noout -out key.pem
+
+    openssl ec -in key.pem -pubout -out key.pub
+
+    [bold]Examples[/bold]
+
+    tide-cache sign runs/cache --private-key key.pem
+    """
+    path = sign_set(Store(url), private_key)
+    sys.stdout.write(f"wrote {path}; check it with 'tide-cache verify {url} --public-key FILE'\n")
 
 
 def inspect(url: Url, json_output: Json = False) -> None:
@@ -159,6 +195,7 @@ def _print_report(report: Report) -> None:
     out.print(
         f"{report.url}: {verdict}{_LEVEL_TEXTS[report.level]} ({report.kind} "
         f"{report.identity[:12]}…, {report.num_shards} shards, {report.num_rows:,} rows, "
-        f"{report.num_payload_entries:,} payload entries, {report.size_bytes / 1e6:,.1f} MB)",
+        f"{report.num_payload_entries:,} payload entries, {report.size_bytes / 1e6:,.1f} MB)"
+        + (", signature good" if report.signature == "good" else ""),
         highlight=False,
     )

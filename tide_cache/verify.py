@@ -35,7 +35,8 @@ class Report:
     """What `verify_set` found. `ok` when there are no problems.
 
     `num_shards` counts the shards that were checked, now or before (`num_shards_resumed`), and are
-    the files that the manifest lists.
+    the files that the manifest lists. `signature`: None where nobody asked, `good`, or what is
+    wrong with it.
     """
 
     url: str
@@ -47,6 +48,7 @@ class Report:
     num_rows: int = 0
     num_payload_entries: int = 0
     size_bytes: int = 0
+    signature: str | None = None
     problems: list[str] = field(default_factory=list)
 
     @property
