@@ -48,9 +48,9 @@ from tide_cache.manifest import CacheHeader, FileFacts, ShardFacts
 from tide_cache.payloads import Codec, num_entries, payload_fields
 from tide_cache.payloads.hidden import Transform
 from tide_cache.rows import PremaskedRow
+from tide_cache.set_schema import set_schema
 from tide_cache.shards import read_shard
 from tide_cache.store import Store
-from tide_cache.verify import set_schema
 from tide_cache.writer import SetWriter, TaskRecord
 
 CPU_THREADS = 1

@@ -16,7 +16,7 @@ from tide_cache.cache import Cache
 from tide_cache.payload_facts import CandidatesFacts, RankedFacts
 from tide_cache.payloads.candidates import Candidates, keep_top_p
 from tide_cache.rows import PremaskedRow, table_to_rows
-from tide_cache.verify import check_row_of
+from tide_cache.shard_checks import check_row_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -24,7 +24,7 @@ from tide_cache.cache import Cache
 from tide_cache.errors import FormatError
 from tide_cache.payloads import check_payloads, num_entries
 from tide_cache.rows import table_to_rows
-from tide_cache.verify import check_row_of
+from tide_cache.shard_checks import check_row_of
 
 ROW_COLUMNS = ("sample_id", "student_ids", "prompt_length", "student_mask", "timestep")
 

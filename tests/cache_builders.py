@@ -236,7 +236,7 @@ def write_cache(
     chosen = tuple(known[name] for name in payloads)
     alignment = source.manifest.alignment
     store = Store(folder)
-    header = _cache_header(source.manifest, source.identity, chosen)
+    header = cache_header(source.manifest, source.identity, chosen)
     writer = SetWriter(store, header)
     writer.begin()
     codec_files = []
@@ -276,9 +276,9 @@ def count_rows(rows: list[PremaskedRow], num_samples: int) -> dict[str, int]:
 def encode_rows(rows: list[PremaskedRow], codec: Codec, *, spoil: Spoil, reseal: bool) -> pa.Table:
     """The columns of one payload, spoilt cell by cell."""
     if isinstance(codec, RawCandidates):
-        answers = [_candidates(row, codec.facts) for row in rows]
+        answers = [candidates_of(row, codec.facts) for row in rows]
         nums_B = [answer.num_positions for answer in answers]
-        table = encode(codec, _end_to_end(answers), np.array(nums_B, dtype=np.int64))
+        table = encode(codec, end_to_end(answers), np.array(nums_B, dtype=np.int64))
     else:
         assert isinstance(codec, RawChunks)
         logprobs = [teacher_chunk_logprobs(row) for row in rows]
@@ -288,7 +288,7 @@ def encode_rows(rows: list[PremaskedRow], codec: Codec, *, spoil: Spoil, reseal:
     return (resealed if reseal else from_cells)(cells, table.schema)
 
 
-def _candidates(row: PremaskedRow, facts: CandidatesFacts) -> Candidates:
+def candidates_of(row: PremaskedRow, facts: CandidatesFacts) -> Candidates:
     logits_PV = teacher_logits(row)
     labels_P = row.student_ids_L[payload_positions(row.student_mask_L, row.alignment_RX)]
     label_P = logits_PV[np.arange(len(labels_P)), labels_P] - logsumexp(logits_PV)
@@ -298,14 +298,14 @@ def _candidates(row: PremaskedRow, facts: CandidatesFacts) -> Candidates:
     )
 
 
-def _end_to_end(answers: list[Candidates]) -> Candidates:
+def end_to_end(answers: list[Candidates]) -> Candidates:
     names = ("ids_PK", "logits_PK", "logsumexp_PT", "label_logprob_P")
     return Candidates(
         **{name: np.concatenate([getattr(answer, name) for answer in answers]) for name in names}
     )
 
 
-def _cache_header(
+def cache_header(
     manifest: Manifest, identity: str, payloads: tuple[PayloadFacts, ...]
 ) -> CacheHeader:
     common = {

@@ -23,7 +23,7 @@ INSTALL_HINT = {
     "stage1_teacher": "pip install 'tide-cache[teacher]'",
     "stage2_student": "pip install 'tide-cache[student]'",
 }
-ORDER = ["prepare", "plan", "calibrate", "build", "status", "verify", "inspect"]
+ORDER = ["prepare", "plan", "calibrate", "build", "status", "verify", "sign", "inspect"]
 
 errors = Console(stderr=True, soft_wrap=True)
 

@@ -2,6 +2,8 @@
 
 import json
 import sys
+from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,17 +15,58 @@ from rich.text import Text
 from tide_cache.cli import show_error
 from tide_cache.errors import TideError
 from tide_cache.inspect import lines, summary
+from tide_cache.signing import find_signature, sign_set
 from tide_cache.status import lines as status_lines
 from tide_cache.status import status as find_status
 from tide_cache.store import Store
-from tide_cache.verify import Report, verify_set
+from tide_cache.verify import Report, default_workers, verify_set
 from tide_cache.writer import read_manifest
 
 Url = Annotated[str, typer.Argument(help="Folder or URL of a premasked set or a cache.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
+_LEVEL_TEXTS = {
+    "manifest": " as far as its manifest says, no file was read",
+    "files": " as far as its files' hashes say, no row was read",
+    "deep": "",
+}
 
-def verify(url: Url, json_output: Json = False) -> None:
+
+class VerifyLevel(StrEnum):
+    """How much of a set `verify` reads."""
+
+    manifest = "manifest"
+    files = "files"
+    deep = "deep"
+
+
+def verify(
+    url: Url,
+    json_output: Json = False,
+    level: Annotated[
+        VerifyLevel,
+        typer.Option(
+            help="manifest: what it says; files: sizes and sha256s too; deep: every row too."
+        ),
+    ] = VerifyLevel.deep,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes. Default: by the size of the set.")
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Keep there which shards were found good, and go on from it after a kill.",
+        ),
+    ] = None,
+    public_key: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Check first that the set is as the owner of this key signed it (PEM).",
+        ),
+    ] = None,
+) -> None:
     """Check hashes, schema and every bound of a set; exit 0 if sound, 1 if not, 2 if unreadable.
 
     [bold]Examples[/bold]
@@ -31,10 +74,18 @@ def verify(url: Url, json_output: Json = False) -> None:
     tide-cache verify runs/cache
 
     tide-cache verify runs/cache --json | jq .problems
+
+    tide-cache verify s3://lab/cache --level files --resume verify.jsonl
+
+    tide-cache verify runs/cache --public-key lab.pub
     """
     try:
         store = Store(url)
-        report = _verify_with_progress(store)
+        signature = None if public_key is None else find_signature(store, public_key)
+        report = _verify_with_progress(store, level, workers, resume)
+        if signature is not None:
+            report.signature = signature
+            report.problems[:0] = [] if signature == "good" else [signature]
     except TideError as error:
         if json_output:
             sys.stdout.write(json.dumps({"url": url, "ok": False, "problems": [str(error)]}) + "\n")
@@ -46,6 +97,28 @@ def verify(url: Url, json_output: Json = False) -> None:
     else:
         _print_report(report)
     raise typer.Exit(0 if report.ok else 1)
+
+
+def sign(
+    url: Url,
+    private_key: Annotated[
+        Path, typer.Option(metavar="FILE", help="An elliptic curve key of your own (PEM).")
+    ],
+) -> None:
+    """Sign all files of a set on a local disk: writes cache.sig beside its manifest.
+
+    Make a key once, and give key.pub to those who check:
+
+    openssl ecparam -name prime256v1 -genkey -noout -out key.pem
+
+    openssl ec -in key.pem -pubout -out key.pub
+
+    [bold]Examples[/bold]
+
+    tide-cache sign runs/cache --private-key key.pem
+    """
+    path = sign_set(Store(url), private_key)
+    sys.stdout.write(f"wrote {path}; check it with 'tide-cache verify {url} --public-key FILE'\n")
 
 
 def inspect(url: Url, json_output: Json = False) -> None:
@@ -88,7 +161,9 @@ def status(url: Url, json_output: Json = False) -> None:
     Console().print(table)
 
 
-def _verify_with_progress(store: Store) -> Report:
+def _verify_with_progress(
+    store: Store, level: VerifyLevel, workers: int | None, resume: Path | None
+) -> Report:
     console = Console(stderr=True)
     columns = (
         TextColumn("verify"),
@@ -97,12 +172,18 @@ def _verify_with_progress(store: Store) -> Report:
         TextColumn("{task.fields[shard]}"),
         TimeRemainingColumn(),
     )
-    total = len(read_manifest(store).shards)
+    manifest = read_manifest(store)
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as bar:
-        task = bar.add_task("verify", total=total, shard="")
-        return verify_set(store, on_shard=lambda path: bar.update(task, advance=1, shard=path))
+        task = bar.add_task("verify", total=len(manifest.shards), shard="")
+        return verify_set(
+            store,
+            level=level.value,
+            num_workers=workers or default_workers(manifest),
+            resume=resume,
+            on_shard=lambda path: bar.update(task, advance=1, shard=path),
+        )
 
 
 def _print_report(report: Report) -> None:
@@ -112,8 +193,9 @@ def _print_report(report: Report) -> None:
         out.print(problem, markup=False, highlight=False)
     verdict = "[green]sound[/green]" if report.ok else f"[red]{len(report.problems)} problems[/red]"
     out.print(
-        f"{report.url}: {verdict} ({report.kind} {report.identity[:12]}…, {report.num_shards} "
-        f"shards, {report.num_rows:,} rows, {report.num_payload_entries:,} payload entries, "
-        f"{report.size_bytes / 1e6:,.1f} MB)",
+        f"{report.url}: {verdict}{_LEVEL_TEXTS[report.level]} ({report.kind} "
+        f"{report.identity[:12]}…, {report.num_shards} shards, {report.num_rows:,} rows, "
+        f"{report.num_payload_entries:,} payload entries, {report.size_bytes / 1e6:,.1f} MB)"
+        + (", signature good" if report.signature == "good" else ""),
         highlight=False,
     )

@@ -32,6 +32,7 @@ FORMAT: Final = "tide-cache"
 FORMAT_VERSION: Final = 2
 READABLE_VERSIONS: Final = (1, 2)
 MANIFEST = "manifest.json"
+SIGNATURE = "cache.sig"
 _SHARD_PATH = re.compile(r"data/view-\d{2,4}/\d{5,9}\.parquet")
 _FILE_PATH = re.compile(r"(codec/[a-z0-9_]+\.safetensors|README\.md)")
 _SHA256 = re.compile(r"[0-9a-f]{64}")

@@ -8,7 +8,7 @@ set stands in the file's metadata under `tide_cache`.
 
 import io
 import json
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -77,14 +77,18 @@ def open_shard(store: Store, path: str) -> pq.ParquetFile:
 
     Raises FormatError when it is truncated or not Parquet, StorageError when it is missing.
     """
-    file = store.open(path)
+    return open_parquet(store.open(path), f"{store.url}/{path}", url=store.url)
+
+
+def open_parquet(file: BinaryIO, where: str, *, url: str) -> pq.ParquetFile:
+    """Open a shard's bytes as `open_shard` does; closes `file` when they are no Parquet."""
     try:
         return pq.ParquetFile(file, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
         file.close()
         raise FormatError(
-            f"{store.url}/{path}: not a readable Parquet file ({_first_line(error)})",
-            hint=f"run 'tide-cache verify {store.url}' to see what else is damaged",
+            f"{where}: not a readable Parquet file ({_first_line(error)})",
+            hint=f"run 'tide-cache verify {url}' to see what else is damaged",
         ) from error
 
 

@@ -1,48 +1,54 @@
 """Checking a premasked set or a cache from its manifest alone: hashes, schema and every bound.
 
-Nothing is trusted: each shard's size and sha256, its schema, the header it carries, its row count,
-each row by `check_row`, each payload by its decoder, that all views hold the same samples in the
-same order and no sample twice. Problems are collected, not raised, so that one report names them
-all; at most `_MAX_PROBLEMS_PER_SHARD` of a shard.
+Three levels, each with all of the one before: `manifest` reads nothing but the manifest; `files`
+compares sizes and sha256s and finds files that nobody listed; `deep`, the default, decodes every
+row and every payload (`shard_checks`), compares the views and counts again what the manifest
+counts. Problems are collected, not raised, so that one report names them all. Shards are checked
+by any number of processes, and a run that was killed goes on from its resume file (`good_shards`).
 """
 
-from collections.abc import Callable, Iterator
+import os
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
-from tide_cache.errors import FormatError, TideError
-from tide_cache.manifest import CacheHeader, CacheManifest, Header, Manifest, ShardFacts, identity
-from tide_cache.payloads import (
-    Codecs,
-    check_codec_files,
-    check_payloads,
-    num_entries,
-    open_codecs,
-    payload_fields,
-)
-from tide_cache.rows import PremaskedRow, check_row, row_fields, table_to_rows
-from tide_cache.shards import open_shard, read_row_groups, read_stamp
+from tide_cache.errors import TideError
+from tide_cache.good_shards import GoodShards
+from tide_cache.manifest import CacheManifest, Manifest, identity
+from tide_cache.payloads import Codecs, check_codec_files, codec_paths, open_codecs
+from tide_cache.shard_checks import SAMPLE_BYTES, Level, ShardResult, checked_file
 from tide_cache.store import Store
+from tide_cache.verify_workers import check_shards
 from tide_cache.writer import read_manifest
 
-_MAX_PROBLEMS_PER_SHARD = 10
 Progress = Callable[[str], None]
+# Below this a second process costs more than it saves: it takes a second to start.
+_BYTES_PER_WORKER = 64 << 20
 
 
 @dataclass(kw_only=True, slots=True)
 class Report:
-    """What `verify_set` found. `ok` when there are no problems."""
+    """What `verify_set` found. `ok` when there are no problems.
+
+    `num_shards` counts the shards that were checked, now or before (`num_shards_resumed`), and are
+    the files that the manifest lists. `signature`: None where nobody asked, `good`, or what is
+    wrong with it.
+    """
 
     url: str
     identity: str
     kind: str
+    level: Level = "deep"
     num_shards: int = 0
+    num_shards_resumed: int = 0
     num_rows: int = 0
     num_payload_entries: int = 0
     size_bytes: int = 0
+    signature: str | None = None
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -55,60 +61,81 @@ class Report:
         return {**asdict(self), "ok": self.ok}
 
 
-def set_schema(header: Header) -> pa.Schema:
-    """Return the Arrow schema of the shards that `header` describes."""
-    fields = row_fields(header.alignment)
-    if isinstance(header, CacheHeader):
-        fields = fields + payload_fields(header)
-    return pa.schema(fields)
+def verify_set(
+    store: Store,
+    *,
+    level: Level = "deep",
+    num_workers: int = 1,
+    resume: Path | None = None,
+    on_shard: Progress | None = None,
+) -> Report:
+    """Check what the manifest and the format promise, up to `level`.
 
-
-def verify_set(store: Store, *, on_shard: Progress | None = None) -> Report:
-    """Check everything that the manifest and the format promise.
-
-    Raises StorageError or FormatError only when there is no readable manifest.
+    With `resume`, shards that the file says were found good are not read again, and those that are
+    found good now are added to it; a set that is sound removes it. Raises StorageError or
+    FormatError only when there is no readable manifest, ConfigError when `resume` is another set's.
     """
     manifest = read_manifest(store)
-    report = Report(url=store.url, identity=identity(manifest), kind=manifest.kind)
+    report = Report(url=store.url, identity=identity(manifest), kind=manifest.kind, level=level)
+    _check_promises(manifest, report)
+    if level == "manifest":
+        report.num_shards = len(manifest.shards)
+        report.num_rows = sum(shard.num_rows for shard in manifest.shards)
+        report.size_bytes = sum(shard.size_bytes for shard in manifest.shards)
+        return report
     _check_files(store, manifest, report)
-    codecs = _open_codecs(store, manifest, report)
-    samples_by_task: dict[int, list[str]] = {}
-    for shard in manifest.shards:
-        if on_shard is not None:
-            on_shard(shard.path)
-        try:
-            samples = _check_shard(store, manifest, shard, codecs, report)
-        except TideError as error:
-            report.problems.append(f"shard {shard.path}: {error.message}")
-            continue
-        first_view = samples_by_task.setdefault(shard.task, samples)
-        if first_view != samples:
-            report.problems.append(f"shard {shard.path}: not the samples of the other views")
-        report.num_shards += 1
-    _check_totals(manifest, samples_by_task, report)
+    codecs = _open_codecs(store, manifest, report) if level == "deep" else None
+    good = GoodShards(resume, store, report.identity, level) if resume is not None else None
+    results = _check_shards(store, manifest, codecs, report, good, num_workers, on_shard)
+    _gather(manifest, results, report)
+    if level == "deep":
+        _check_samples(manifest, results, report)
+    if good is not None and report.ok:
+        good.remove()
     return report
+
+
+def default_workers(manifest: Manifest) -> int:
+    """Return how many processes a set is worth: a core for each 64 MB, at most all of them."""
+    size_bytes = sum(shard.size_bytes for shard in manifest.shards)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(cores or 1, len(manifest.shards), size_bytes // _BYTES_PER_WORKER))
+
+
+def _check_promises(manifest: Manifest, report: Report) -> None:
+    """Check what the manifest says against itself."""
+    expected = {
+        "num_rows": sum(shard.num_rows for shard in manifest.shards),
+        "size_bytes": sum(shard.size_bytes for shard in manifest.shards),
+        "num_samples": sum(shard.num_rows for shard in manifest.shards if shard.view == 0),
+    }
+    _compare_counts(manifest, expected, report)
+    if isinstance(manifest, CacheManifest):
+        listed = {facts.path for facts in manifest.files}
+        for path in codec_paths(manifest.payloads):
+            if path not in listed:
+                report.problems.append(f"files: {path}: not listed, though a payload needs it")
+
+
+def _compare_counts(manifest: Manifest, expected: dict[str, int], report: Report) -> None:
+    for name, count in expected.items():
+        found = manifest.counts.get(name)
+        if found != count and not (found is None and name != "num_rows"):
+            report.problems.append(f"counts.{name}: expected {count}, got {found}")
 
 
 def _check_files(store: Store, manifest: Manifest, report: Report) -> None:
     listed = {facts.path for facts in manifest.files} | {s.path for s in manifest.shards}
     for facts in manifest.files:
         try:
-            _check_hash(store, facts.path, facts.size_bytes, facts.sha256)
+            with checked_file(store, facts):
+                pass
         except TideError as error:
             report.problems.append(f"file {facts.path}: {error.message}")
     # A loader that globs data/ would read these, so they count.
     for path in store.list_files("data") + store.list_files("codec"):
         if path not in listed:
             report.problems.append(f"file {path}: not in the manifest")
-
-
-def _check_hash(store: Store, path: str, size_bytes: int, sha256: str) -> None:
-    present = store.size_bytes(path)
-    if present != size_bytes:
-        raise FormatError(f"size: expected {size_bytes} bytes, got {present}")
-    found = store.sha256(path)
-    if found != sha256:
-        raise FormatError(f"sha256 mismatch (expected {sha256[:12]}…, got {found[:12]}…)")
 
 
 def _open_codecs(store: Store, manifest: Manifest, report: Report) -> Codecs | None:
@@ -123,95 +150,64 @@ def _open_codecs(store: Store, manifest: Manifest, report: Report) -> Codecs | N
         return None
 
 
-def _check_shard(
-    store: Store, manifest: Manifest, shard: ShardFacts, codecs: Codecs | None, report: Report
-) -> list[str]:
-    """Check one shard; returns its sample ids. Row problems go to the report, others are raised."""
-    _check_hash(store, shard.path, shard.size_bytes, shard.sha256)
-    problems: list[str] = []
-    samples: list[str] = []
-    with open_shard(store, shard.path) as file:
-        stamp = read_stamp(file, where=shard.path)
-        _check_stamp(stamp, manifest, shard)
-        expected = set_schema(manifest)
-        if not file.schema_arrow.equals(expected, check_metadata=False):
-            raise FormatError(f"schema: expected {expected.names}, got {file.schema_arrow.names}")
-        if file.metadata.num_rows != shard.num_rows:
-            raise FormatError(f"expected {shard.num_rows} rows, got {file.metadata.num_rows}")
-        for group in range(file.num_row_groups):
-            table = read_row_groups(store, shard.path, file, [group])
-            samples += table["sample_id"].to_pylist()
-            for problem in check_rows(table, manifest, shard.view, codecs, report):
-                problems.append(f"shard {shard.path}: {problem}")
-                if len(problems) >= _MAX_PROBLEMS_PER_SHARD:
-                    break
-    report.problems += problems[:_MAX_PROBLEMS_PER_SHARD]
-    report.num_rows += shard.num_rows
-    report.size_bytes += shard.size_bytes
-    return samples
-
-
-def _check_stamp(stamp: dict[str, Any], manifest: Manifest, shard: ShardFacts) -> None:
-    if (stamp["task"], stamp["view"]) != (shard.task, shard.view):
-        raise FormatError(
-            f"holds task {stamp['task']} view {stamp['view']}: shards were exchanged or renamed"
-        )
-    header = manifest.model_dump(mode="json")
-    theirs = stamp["header"]
-    differing = [k for k in sorted(theirs) if theirs[k] != header.get(k)]
-    if differing:
-        raise FormatError(f"belongs to another set (differing: {', '.join(differing)})")
-
-
-def check_rows(
-    table: pa.Table,
+def _check_shards(
+    store: Store,
     manifest: Manifest,
-    view: int,
-    codecs: Codecs | None = None,
-    report: Report | None = None,
-) -> Iterator[str]:
-    """Yield a line for every row that breaks a bound or whose payload does not decode."""
-    try:
-        rows = table_to_rows(table, manifest.alignment)
-    except TideError as error:
-        yield error.message
-        return
-    sound, num_entries_B = [], []
-    for index, row in enumerate(rows):
-        try:
-            check_row_of(row, manifest, view)
-            num_entries_B.append(num_entries(row, manifest.alignment))
-            sound.append(index)
-        except TideError as error:
-            yield error.message
-    if codecs is None:
-        return
-    if len(sound) < len(rows):
-        table = table.take(sound)
-    yield from check_payloads(table, codecs, np.asarray(num_entries_B, dtype=np.int64))
-    if report is not None:
-        report.num_payload_entries += sum(num_entries_B)
+    codecs: Codecs | None,
+    report: Report,
+    good: GoodShards | None,
+    num_workers: int,
+    on_shard: Progress | None,
+) -> list[ShardResult]:
+    """Return what was found in each shard, in the manifest's order."""
+    found: dict[int, ShardResult] = {}
+    if good is not None:
+        found = good.known(manifest.shards)
+        report.num_shards_resumed = len(found)
+    for index in found:
+        if on_shard is not None:
+            on_shard(manifest.shards[index].path)
+    left = [index for index in range(len(manifest.shards)) if index not in found]
+    for index, result in check_shards(
+        store, manifest, codecs, left, level=report.level, num_workers=num_workers
+    ):
+        found[index] = result
+        if good is not None and result.is_good:
+            good.add(manifest.shards[index], result)
+        if on_shard is not None:
+            on_shard(manifest.shards[index].path)
+    return [found[index] for index in range(len(manifest.shards))]
 
 
-def check_row_of(row: PremaskedRow, header: Header, view: int) -> None:
-    """Raise DataError or FormatError unless `row` is a sound row of that view of the set."""
-    if row.view != view:
-        raise FormatError(f"sample {row.sample_id}: view: expected {view}, got {row.view}")
-    check_row(
-        row,
-        alignment=header.alignment,
-        student_vocab_size=header.student.vocab_size,
-        teacher_vocab_size=header.teacher.vocab_size,
-        num_views=header.num_views,
-    )
+def _gather(manifest: Manifest, results: list[ShardResult], report: Report) -> None:
+    for shard, result in zip(manifest.shards, results, strict=True):
+        report.problems += result.problems
+        if result.is_readable:
+            report.num_shards += 1
+            report.num_rows += shard.num_rows
+            report.size_bytes += shard.size_bytes
 
 
-def _check_totals(
-    manifest: Manifest, samples_by_task: dict[int, list[str]], report: Report
-) -> None:
-    samples = [sample for task in samples_by_task.values() for sample in task]
-    if len(samples) != len(set(samples)):
-        report.problems.append(f"{len(samples) - len(set(samples))} samples occur twice")
-    expected = manifest.counts.get("num_rows")
-    if report.ok and expected != report.num_rows:
-        report.problems.append(f"counts.num_rows: expected {report.num_rows}, got {expected}")
+def _check_samples(manifest: Manifest, results: list[ShardResult], report: Report) -> None:
+    """Compare the samples of the views, look for samples that occur twice, compare the counts."""
+    counts: Counter[str] = Counter()
+    samples_of_task: dict[int, bytes] = {}
+    for shard, result in zip(manifest.shards, results, strict=True):
+        counts.update(result.counts)
+        if result.samples is None:
+            continue
+        if samples_of_task.setdefault(shard.task, result.samples) != result.samples:
+            report.problems.append(f"shard {shard.path}: not the samples of the other views")
+    samples = np.frombuffer(b"".join(samples_of_task.values()), dtype=f"V{SAMPLE_BYTES}")
+    num_twice = len(samples) - len(np.unique(samples))
+    if num_twice:
+        report.problems.append(f"{num_twice} samples occur twice")
+    report.num_payload_entries = _num_entries(manifest, counts)
+    if report.ok:
+        _compare_counts(manifest, dict(counts), report)
+
+
+def _num_entries(manifest: Manifest, counts: Counter[str]) -> int:
+    if not isinstance(manifest, CacheManifest):
+        return 0
+    return counts["num_payload_positions"] + counts["num_active_chunks"]

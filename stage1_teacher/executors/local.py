@@ -31,8 +31,8 @@ from stage1_teacher.executors.base import (
     WorkerDied,
     sendable,
 )
-from stage1_teacher.executors.parent_watch import exit_with_parent
 from tide_cache.errors import TideError
+from tide_cache.parent_watch import exit_with_parent
 
 _STOP_S = 5.0
 

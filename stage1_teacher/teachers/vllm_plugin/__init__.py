@@ -40,6 +40,6 @@ def register() -> None:
 @functools.cache
 def _exit_with_parent() -> None:
     """End an engine's process with the build that started it: killed, it could not stop it."""
-    from stage1_teacher.executors.parent_watch import exit_with_parent
+    from tide_cache.parent_watch import exit_with_parent
 
     exit_with_parent()
