@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from tide_cache.canonical import fingerprint
 from tide_cache.errors import FormatError, TideError
 from tide_cache.manifest import CacheHeader, CacheManifest, Header, Manifest, ShardFacts, identity
 from tide_cache.payloads import (
@@ -159,7 +160,9 @@ def _check_stamp(stamp: dict[str, Any], manifest: Manifest, shard: ShardFacts) -
     header = manifest.model_dump(mode="json")
     theirs = stamp["header"]
     differing = [k for k in sorted(theirs) if theirs[k] != header.get(k)]
-    if differing:
+    # A shard that a merged set or a part has as it was carries the header it was made with.
+    is_taken_over = fingerprint(theirs) in {origin.header_sha256 for origin in manifest.origins}
+    if differing and not is_taken_over:
         raise FormatError(f"belongs to another set (differing: {', '.join(differing)})")
 
 
