@@ -43,7 +43,7 @@ from tide_cache.writer import SetWriter, Shard, Total, read_manifest
 
 DUPLICATE = "duplicate_in_merge"
 _PACKAGES = ("numpy", "pyarrow")
-_OF_ROWS = frozenset(
+OF_ROWS = frozenset(
     {
         "num_samples",
         "num_rows",
@@ -256,7 +256,7 @@ def _rest_by_task(plan: MergePlan) -> dict[int, tuple[Counter[str], Counter[str]
         # A set of duplicates alone has no task: what it dropped is told with the very first.
         number = first_of.get(source, plan.tasks[0].number)
         counts, dropped = found.setdefault(number, (Counter(), Counter()))
-        counts.update({n: c for n, c in manifest.counts.items() if n not in _OF_ROWS})
+        counts.update({n: c for n, c in manifest.counts.items() if n not in OF_ROWS})
         dropped.update(manifest.dropped)
         if plan.duplicates_of[source]:
             dropped[DUPLICATE] += plan.duplicates_of[source]
