@@ -23,7 +23,6 @@ import torch
 
 from stage1_teacher.build_plan import BuildPlan
 from stage1_teacher.calibration_record import open_build_codecs
-from stage1_teacher.prepare import count_rows
 from stage1_teacher.questions import (
     Part,
     SampleQuestion,
@@ -47,6 +46,7 @@ from tide_cache.errors import FormatError, TideError
 from tide_cache.manifest import CacheHeader, FileFacts, ShardFacts
 from tide_cache.payloads import Codec, num_entries, payload_fields
 from tide_cache.payloads.hidden import Transform
+from tide_cache.row_counts import count_rows
 from tide_cache.rows import PremaskedRow
 from tide_cache.set_schema import set_schema
 from tide_cache.shards import read_shard

@@ -10,7 +10,7 @@ rows offered = samples + dropped holds for every set. A GSM8K sample with 4 view
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,15 +19,14 @@ from stage1_teacher.events import NO_EVENTS
 from stage1_teacher.executors.base import PlainWorker, Worker
 from stage1_teacher.executors.local import LocalExecutor, default_num_workers
 from stage1_teacher.outside_rows import index_rows
-from stage1_teacher.premask import alignment_kind
 from stage1_teacher.prepare_config import PrepareConfig
 from stage1_teacher.prepare_plan import no_rows_left, plan_rows, task_range
 from stage1_teacher.published import plan_published
 from stage1_teacher.task_rows import PlannedRows
 from tide_cache import provenance
-from tide_cache.alignment import chunk_active, payload_positions
 from tide_cache.manifest import Header, Manifest, NoisingFacts
-from tide_cache.rows import PremaskedRow, rows_to_table
+from tide_cache.row_counts import count_rows
+from tide_cache.rows import rows_to_table
 from tide_cache.shards import shard_bytes
 from tide_cache.store import Store
 from tide_cache.writer import STATE, SetWriter, TaskRecord, Total
@@ -157,24 +156,6 @@ def dry_run(plan: PreparePlan, encoder: Encoder, num_rows: int) -> Projection:
         counts["size_bytes"] += len(shard_bytes(table, plan.header, task=0, view=view))
     record = TaskRecord(task=0, shards=(), counts=dict(counts), dropped=dict(made.dropped))
     return Projection(record=record, num_rows_read=len(first), num_rows=len(plan.rows))
-
-
-def count_rows(rows_V: Sequence[Sequence[PremaskedRow]]) -> Counter[str]:
-    """Count what a manifest says of rows: samples, rows, positions, masks, payload entries."""
-    counts: Counter[str] = Counter(num_samples=len(rows_V[0]))
-    for row in (row for rows in rows_V for row in rows):
-        counts["num_rows"] += 1
-        counts["num_positions"] += len(row.student_ids_L)
-        counts["num_labelled_positions"] += len(row.student_ids_L) - row.prompt_length
-        counts["num_masked_positions"] += int(row.student_mask_L.sum())
-        counts["num_rows_without_mask"] += not row.student_mask_L.any()
-        if alignment_kind(row.alignment_RX) == "positions":
-            positions_P = payload_positions(row.student_mask_L, row.alignment_RX)
-            counts["num_payload_positions"] += len(positions_P)
-        else:
-            active_C = chunk_active(row.student_mask_L, row.alignment_RX, row.prompt_length)
-            counts["num_active_chunks"] += int(active_C.sum())
-    return counts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

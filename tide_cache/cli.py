@@ -1,8 +1,9 @@
 """The `tide-cache` command: collects its subcommands from the entry points `tide_cache.commands`.
 
-The ground floor brings verify and inspect; stage 1 registers prepare, plan, calibrate and build. A
-stage that cannot be imported (torch is not installed, say) leaves its command in place as a
-one-line error with the install command, so that a receiver of caches needs no torch.
+The ground floor brings verify, inspect and what moves sets about; stage 1 registers prepare, plan,
+calibrate and build. A stage that cannot be imported (torch is not installed, say) leaves its
+command in place as a one-line error with the install command, so that a receiver of caches needs no
+torch.
 """
 
 import functools
@@ -23,7 +24,10 @@ INSTALL_HINT = {
     "stage1_teacher": "pip install 'tide-cache[teacher]'",
     "stage2_student": "pip install 'tide-cache[student]'",
 }
-ORDER = ["prepare", "plan", "calibrate", "build", "status", "verify", "sign", "inspect"]
+ORDER = [
+    *("prepare", "plan", "calibrate", "build", "status", "verify", "sign", "inspect"),
+    *("diff", "merge", "pack", "unpack", "push", "pull"),
+]
 
 errors = Console(stderr=True, soft_wrap=True)
 

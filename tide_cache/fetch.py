@@ -7,6 +7,7 @@ not have is not.
 """
 
 import hashlib
+import io
 import logging
 import threading
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from tide_cache.errors import FormatError, MissingFileError, StorageError, TideE
 from tide_cache.store import Store
 
 logger = logging.getLogger(__name__)
+RETRIES = 4
 _FIRST_DELAY_S, _LONGEST_DELAY_S = 0.5, 30.0
 
 
@@ -66,6 +68,14 @@ def fetch(
 def patience_s(retries: int) -> float:
     """Return for how long a fetch bears with a server that does not answer."""
     return sum(_delay_s(attempt) for attempt in range(retries))
+
+
+def fetch_bytes(source: Store, facts: Listed, *, retries: int = RETRIES) -> bytes:
+    """Return the bytes of a listed file, found to be the listed ones. Raises as `fetch`."""
+    target = io.BytesIO()
+    fetch(source, facts, target, retries=retries, stopped=threading.Event())
+    # An attempt that failed may have left bytes behind those of the one that did not.
+    return target.getvalue()[: facts.size_bytes]
 
 
 def mismatch(where: str, url: str, facts: Listed, size_bytes: int, sha256: str) -> FormatError:

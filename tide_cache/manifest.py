@@ -9,9 +9,17 @@ same input gives the same manifest.
 
 import json
 import re
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, Field, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from tide_cache.canonical import canonical_json, pretty_json, sha256_hex
 from tide_cache.config import StrictModel
@@ -30,7 +38,8 @@ from tide_cache.rows import AlignmentKind
 
 FORMAT: Final = "tide-cache"
 FORMAT_VERSION: Final = 2
-READABLE_VERSIONS: Final = (1, 2)
+ORIGINS_VERSION: Final = 3
+READABLE_VERSIONS: Final = (1, 2, 3)
 MANIFEST = "manifest.json"
 SIGNATURE = "cache.sig"
 _SHARD_PATH = re.compile(r"data/view-\d{2,4}/\d{5,9}\.parquet")
@@ -115,7 +124,7 @@ class Header(StrictModel):
     """
 
     format: Literal["tide-cache"] = FORMAT
-    format_version: Literal[1, 2] = FORMAT_VERSION
+    format_version: Literal[1, 2, 3] = FORMAT_VERSION
     kind: Literal["premasked"] = "premasked"
     alignment: AlignmentKind
     num_views: int = Field(ge=1, le=1000)
@@ -186,11 +195,46 @@ class FileFacts(StrictModel):
     sha256: Sha256
 
 
+class OriginFacts(StrictModel):
+    """A set that this one was made from: merged with others, or a part taken of it.
+
+    Shards that were taken over as they were carry its header, whose sha256 as canonical JSON is
+    `header_sha256`. `views` and `payloads` say what a part has of it, None: all. `num_samples`
+    were taken, `num_duplicates` were left out because an earlier set has them. `made` holds what
+    the set says of its own making: config and provenance.
+    """
+
+    relation: Literal["merged", "part"]
+    identity: Sha256
+    header_sha256: Sha256
+    num_samples: Count
+    num_duplicates: Count = 0
+    views: tuple[Count, ...] | None = None
+    payloads: tuple[str, ...] | None = None
+    made: dict[str, Any]
+
+
 class _Complete(StrictModel):
     counts: dict[str, Count]
     dropped: dict[str, Count]
     files: tuple[FileFacts, ...]
     shards: tuple[ShardFacts, ...]
+    origins: tuple[OriginFacts, ...] = Field((), max_length=10_000)
+
+    @model_validator(mode="after")
+    def _origins_of_their_version(self) -> Self:
+        version = getattr(self, "format_version", ORIGINS_VERSION)
+        if self.origins and version < ORIGINS_VERSION:
+            raise ValueError(f"origins: expected none in format {version}, got some")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Sets without origins keep the bytes, and so the identity, of the versions before.
+        values: dict[str, Any] = handler(self)
+        if not self.origins:
+            values.pop("origins", None)
+        return values
 
 
 class PremaskedManifest(Header, _Complete):
@@ -215,6 +259,18 @@ def identity(manifest: Manifest) -> str:
     return sha256_hex(canonical_json(manifest.model_dump(mode="json")))
 
 
+def header_of(manifest: Manifest) -> Header:
+    """Return the header of a set: what each of its own shards carries."""
+    kind = CacheHeader if isinstance(manifest, CacheManifest) else Header
+    values = manifest.model_dump(mode="json")
+    return kind.model_validate({name: values[name] for name in kind.model_fields})
+
+
+def header_sha256(header: Header) -> str:
+    """Return the sha256 of a header as canonical JSON."""
+    return sha256_hex(canonical_json(header.model_dump(mode="json")))
+
+
 def parse_manifest(data: bytes, *, where: str) -> Manifest:
     """Read and check a manifest. Raises FormatError naming the field, expected and got."""
     try:
@@ -225,7 +281,8 @@ def parse_manifest(data: bytes, *, where: str) -> Manifest:
         raise FormatError(f"{where}: not a tide-cache manifest (no format: {FORMAT!r})")
     version = values.get("format_version")
     if version not in READABLE_VERSIONS:
-        readable = " and ".join(str(number) for number in READABLE_VERSIONS)
+        *most, last = map(str, READABLE_VERSIONS)
+        readable = f"{', '.join(most)} and {last}"
         raise FormatError(
             f"{where}: format_version: this program reads {readable}, got {version!r}",
             hint="install a newer tide-cache",

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import ValidationError
 
+from tide_cache.canonical import fingerprint
 from tide_cache.errors import FormatError, TideError
 from tide_cache.fetch import Listed
 from tide_cache.manifest import CacheHeader, Header, Manifest, ShardFacts
@@ -130,14 +131,17 @@ def _check_stamp(stamp: dict[str, Any], manifest: Manifest, shard: ShardFacts) -
         raise FormatError(
             f"holds task {stamp['task']} view {stamp['view']}: shards were exchanged or renamed"
         )
+    # A shard that a merged set or a part has as it was carries the header it was made with.
+    if fingerprint(stamp["header"]) in {origin.header_sha256 for origin in manifest.origins}:
+        return
     kind = CacheHeader if isinstance(manifest, CacheHeader) else Header
     try:
         # As today's program reads it: keys that came later have their defaults on both sides.
         theirs = kind.model_validate(stamp["header"]).model_dump(mode="json")
     except ValidationError as error:
         raise FormatError("its tide_cache metadata is no header of this format") from error
-    mine = manifest.model_dump(mode="json", include=set(theirs))
-    differing = [key for key in sorted(theirs) if theirs[key] != mine[key]]
+    mine = manifest.model_dump(mode="json")
+    differing = [key for key in sorted(theirs) if theirs[key] != mine.get(key)]
     if differing:
         raise FormatError(f"belongs to another set (differing: {', '.join(differing)})")
 

@@ -98,6 +98,17 @@ class Store:
             return []
         return sorted(posixpath.relpath(path, self._root) for path in found)
 
+    def sizes(self, relative: str = "") -> dict[str, int]:
+        """Return the size of every file below `relative`, by relative path, from one listing."""
+        with self._explained(relative):
+            if not self.exists(relative):
+                return {}
+            self._fs.invalidate_cache()
+            found = self._fs.find(self.path(relative), detail=True)
+        return {
+            posixpath.relpath(path, self._root): int(facts["size"]) for path, facts in found.items()
+        }
+
     def modified(self, relative: str = "") -> list[datetime]:
         """Return when each file below `relative` was last written, as the store says."""
         if not self.exists(relative):

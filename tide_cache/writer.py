@@ -10,7 +10,8 @@ any number of machines may work on one folder, the same task at the same time in
 import json
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -27,6 +28,7 @@ from tide_cache.manifest import (
     FileFacts,
     Header,
     Manifest,
+    OriginFacts,
     PremaskedManifest,
     ShardFacts,
     manifest_bytes,
@@ -74,12 +76,23 @@ class SetAside(StrictModel):
     error: str
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shard:
+    """The bytes of a shard and how many rows are in them."""
+
+    data: bytes
+    num_rows: int
+
+
 class SetWriter:
     """Writes one set of shards; every method may be called again after a crash."""
 
-    def __init__(self, store: Store, header: Header) -> None:
+    def __init__(
+        self, store: Store, header: Header, *, origins: Sequence[OriginFacts] = ()
+    ) -> None:
         self.store = store
         self.header = header
+        self.origins = tuple(origins)
         self.is_first = False
 
     def begin(self, total: Total | None = None) -> Manifest | None:
@@ -137,11 +150,26 @@ class SetWriter:
         A task whose rows were all dropped has a record without shards. Raises StorageError when the
         folder is no longer the one that was begun.
         """
+        # One at a time: the bytes of a view are let go before the next one is encoded.
+        shards_V = (
+            Shard(data=shard_bytes(table, self.header, task=task, view=view), num_rows=num_rows)
+            for view, table in enumerate(tables_V)
+            if (num_rows := table.num_rows)
+        )
+        return self.publish_shards(task, shards_V, counts=counts, dropped=dropped, notes=notes)
+
+    def publish_shards(
+        self,
+        task: int,
+        shards_V: Iterable[Shard],
+        *,
+        counts: Mapping[str, int],
+        dropped: Mapping[str, int],
+        notes: Sequence[str] = (),
+    ) -> TaskRecord:
+        """Publish the shards of a task from their bytes, view 0 first, then its record."""
         self._require_begun()
-        shards = []
-        for view, table in enumerate(tables_V):
-            if table.num_rows:
-                shards.append(self._publish_shard(task, view, table))
+        shards = [self._publish_shard(task, view, shard) for view, shard in enumerate(shards_V)]
         record = TaskRecord(
             task=task,
             shards=tuple(shards),
@@ -199,14 +227,13 @@ class SetWriter:
                 "again",
             )
 
-    def _publish_shard(self, task: int, view: int, table: pa.Table) -> ShardFacts:
-        path = shard_path(task, view)
-        data = shard_bytes(table, self.header, task=task, view=view)
+    def _publish_shard(self, task: int, view: int, shard: Shard) -> ShardFacts:
+        path, data = shard_path(task, view), shard.data
         facts = ShardFacts(
             path=path,
             task=task,
             view=view,
-            num_rows=table.num_rows,
+            num_rows=shard.num_rows,
             size_bytes=len(data),
             sha256=sha256_hex(data),
         )
@@ -234,6 +261,7 @@ class SetWriter:
             "counts": dict(counts),
             "dropped": dict(dropped),
             "shards": shards,
+            "origins": self.origins,
         }
         kind = CacheManifest if isinstance(self.header, CacheHeader) else PremaskedManifest
         files = [self._file_facts(path) for path in codec_files]

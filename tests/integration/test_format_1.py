@@ -233,10 +233,11 @@ def test_what_the_older_program_left_unfinished_is_refused(name: str, tmp_path: 
     assert all_files(tmp_path) == before
 
 
-@pytest.mark.parametrize("version", [0, 3, "1", None])
+@pytest.mark.parametrize("version", [0, 4, "1", None])
 def test_another_version_is_refused_with_those_that_can_be_read(version: object) -> None:
     values = json.loads((DATA / "positions/cache/manifest.json").read_bytes())
     with pytest.raises(
-        FormatError, match=rf"^here: format_version: this program reads 1 and 2, got {version!r};"
+        FormatError,
+        match=rf"^here: format_version: this program reads 1, 2 and 3, got {version!r};",
     ):
         parse_manifest(json.dumps({**values, "format_version": version}).encode(), where="here")

@@ -251,7 +251,7 @@ def test_a_set_of_another_format_version(
     write_cache(tmp_path / "cache", workshop.premasked)
     path = tmp_path / "cache/manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 7}))
-    words = ["format_version: this program reads 1 and 2, got 7", "install a newer tide-cache"]
+    words = ["format_version: this program reads 1, 2 and 3, got 7", "install a newer tide-cache"]
     expect(capsys, monkeypatch, tmp_path, tmp_path / "cache", words)
 
 

@@ -128,7 +128,7 @@ def test_a_sample_that_occurs_twice_is_found(tmp_path: Path) -> None:
     ("key", "value", "message"),
     [
         ("format", "other", "not a tide-cache manifest"),
-        ("format_version", 9, "format_version: this program reads 1 and 2, got 9"),
+        ("format_version", 9, "format_version: this program reads 1, 2 and 3, got 9"),
         ("kind", "parcel", "kind: expected premasked or cache"),
         ("num_views", 0, "num_views"),
         ("surprise", 1, "surprise"),
