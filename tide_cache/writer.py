@@ -169,7 +169,11 @@ class SetWriter:
     ) -> TaskRecord:
         """Publish the shards of a task from their bytes, view 0 first, then its record."""
         self._require_begun()
-        shards = [self._publish_shard(task, view, shard) for view, shard in enumerate(shards_V)]
+        try:
+            shards = [self._publish_shard(task, view, shard) for view, shard in enumerate(shards_V)]
+        except StorageError:
+            self._require_begun()  # the mount may have gone while a file was written
+            raise
         record = TaskRecord(
             task=task,
             shards=tuple(shards),
