@@ -19,7 +19,14 @@ from tests.builders import (
     run_command,
     write_yaml,
 )
-from tests.cache_builders import SetShape, Workshop, make_workshop, write_cache, write_premasked
+from tests.cache_builders import (
+    SetShape,
+    Workshop,
+    make_workshop,
+    numbered_from,
+    write_cache,
+    write_premasked,
+)
 from tests.http_servers import WebServer, web_server
 from tests.s3_servers import s3_server
 from tests.support import PROJECT_ROOT
@@ -28,7 +35,6 @@ from tide_cache.errors import CompatibilityError, ConfigError, FormatError, Stor
 from tide_cache.manifest import CacheManifest, Manifest
 from tide_cache.merge import merge, plan_merge
 from tide_cache.part import plan_part, pull_part
-from tide_cache.rows import PremaskedRow
 from tide_cache.set_files import SIGNATURE, read_set_files
 from tide_cache.store import Store
 from tide_cache.targets import FolderTarget, open_target
@@ -218,13 +224,6 @@ def test_a_damaged_set_is_not_pushed(workshop: Workshop, bucket: str, tmp_path: 
     assert f"{SHARD}: sha256 mismatch" in done.stderr
     assert not Store(f"{bucket}/bad").exists("manifest.json")
     assert not Store(f"{bucket}/bad").exists(SHARD)
-
-
-def numbered_from(start: int) -> Callable[[PremaskedRow], PremaskedRow]:
-    """Rows of other samples: the same ids under other names."""
-    from dataclasses import replace
-
-    return lambda row: replace(row, sample_id=f"{int(row.sample_id, 16) + start:032x}")
 
 
 def test_a_set_that_grew_by_a_hundredth_is_sent_by_a_hundredth(
