@@ -36,7 +36,7 @@ def page(cache: Cache, data: ReportData, *, names: Mapping[int, str] | None = No
     )
     title = "Teacher cache" if facts["kind"] == "cache" else "Premasked set"
     sections = [
-        _section("Recipe", _facts(lines(facts)), wide=True),
+        _section("Recipe", _facts(lines(facts)), kind="wide"),
         *_fidelity(facts),
         *_plots(data),
         *_rows(data, names, cache.manifest.student.mask_token_id),
@@ -58,10 +58,9 @@ def page(cache: Cache, data: ReportData, *, names: Mapping[int, str] | None = No
     )
 
 
-def _section(title: str, body: str, *, wide: bool = False, note: str = "") -> str:
+def _section(title: str, body: str, *, kind: str = "", note: str = "") -> str:
     told = f"<p class='note'>{safe(note)}</p>" if note else ""
-    kind = " class='wide'" if wide else ""
-    return f"<section{kind}><h2>{safe(title)}</h2>{body}{told}</section>"
+    return f"<section class='{kind}'><h2>{safe(title)}</h2>{body}{told}</section>"
 
 
 def _facts(pairs: Sequence[tuple[str, str]]) -> str:
@@ -89,7 +88,7 @@ def _fidelity(facts: dict[str, Any]) -> list[str]:
             f"{measured['num_positions']:,} positions"
         )
         table = f"<div class='scroll'><table><tr>{head}</tr>{body}</table></div>"
-        found.append(_section("Fidelity", table, wide=True, note=note))
+        found.append(_section("Fidelity", table, kind="wide", note=note))
     return found
 
 
@@ -111,7 +110,8 @@ def _plots(data: ReportData) -> list[str]:
     unit, scale = ("MB", 1e6) if sizes and sizes[0][1] >= 1e6 else ("kB", 1e3)
     bars = [(name, round(size / scale, 1)) for name, size in sizes]
     chart = bar_chart(_most(bars), unit=f" {unit}", label="bytes by column")
-    found.append(_section("Bytes by column", chart, note="Compressed, of all shards."))
+    note = "Compressed, of all shards."
+    found.append(_section("Bytes by column", chart, kind="tall", note=note))
     rows = sorted(data.rows_by_source.items(), key=lambda item: -item[1])
     chart = bar_chart(_most([(name, float(n)) for name, n in rows]), unit="", label="by source")
     found.append(_section("Rows by source", chart, note="Conversations taken of each source."))
@@ -196,7 +196,7 @@ def _rows(data: ReportData, names: Mapping[int, str] | None, mask_id: int | None
         "" if names is not None else " Ids, as no tokenizer was given (--tokenizer)."
     )
     rows = "".join(_row(shown, names) for shown in data.shown)
-    return [_section("Rows", key + rows, wide=True, note=how)]
+    return [_section("Rows", key + rows, kind="wide", note=how)]
 
 
 def _row(shown: ShownRow, names: Mapping[int, str] | None) -> str:

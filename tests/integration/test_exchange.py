@@ -280,6 +280,27 @@ def test_another_set_is_not_overwritten_unless_asked(
     assert fetched(url) == all_files(workshop.premasked)
 
 
+@pytest.mark.parametrize("kind", ["bucket", "folder"])
+def test_a_replacing_that_was_killed_leaves_nothing_of_the_old_set(
+    workshop: Workshop, bucket: str, tmp_path: Path, kind: str
+) -> None:
+    """The manifest goes first: what else there was is then known by where it lies alone."""
+    url = f"{bucket}/replaced" if kind == "bucket" else str(tmp_path / "replaced")
+    send(workshop.cache, url)
+    Store(url).remove("manifest.json")
+    if kind == "folder":
+        (tmp_path / "replaced/mine.tmp").write_text("mine")
+        (tmp_path / f"replaced/data/.x.{'0' * 32}.tmp").write_text("of a killed transfer")
+    with pytest.raises(CompatibilityError, match="holds another set"):
+        send(workshop.premasked, url)
+    send(workshop.premasked, url, replace=True)
+    kept = fetched(url)
+    assert kept.pop("mine.tmp", b"mine") == b"mine"
+    assert kept == all_files(workshop.premasked)
+    report = verify_set(Store(url))
+    assert report.ok, report.problems
+
+
 def test_where_a_set_is_being_made_nothing_is_put(workshop: Workshop, tmp_path: Path) -> None:
     Store(tmp_path / "busy").publish("_build/header.json", b"{}")
     with pytest.raises(CompatibilityError, match="a set is being made there"):
