@@ -215,6 +215,24 @@ def test_bytes_that_are_not_the_listed_ones_are_never_kept(
     assert_same_files(tmp_path / "always", workshop.cache)
 
 
+def test_large_files_are_sent_from_the_disk(
+    workshop: Workshop, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tide_cache.targets._WHOLE_BYTES", 0)
+    url = f"{bucket}/large"
+    send(workshop.cache, url)
+    assert fetched(url) == all_files(workshop.cache)
+    store = Store(url)
+    sha256 = store._fs.metadata(store.path(SHARD))["sha256"]
+    assert sha256 == store.sha256(SHARD)
+    shutil.copytree(workshop.cache, tmp_path / "bad")
+    shard = tmp_path / "bad" / SHARD
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    with pytest.raises(FormatError, match=rf"{SHARD}: sha256 mismatch"):
+        send(tmp_path / "bad", f"{bucket}/bad-large")
+    assert not Store(f"{bucket}/bad-large").exists(SHARD)
+
+
 def test_a_damaged_set_is_not_pushed(workshop: Workshop, bucket: str, tmp_path: Path) -> None:
     shutil.copytree(workshop.cache, tmp_path / "bad")
     shard = tmp_path / "bad" / SHARD
