@@ -396,3 +396,8 @@ def make_workshop(
 def changed(**changes: Any) -> RowChange:
     """A change that replaces fields of every row."""
     return lambda row: replace(row, **changes)
+
+
+def numbered_from(start: int) -> RowChange:
+    """A change that makes other samples of the same rows."""
+    return lambda row: replace(row, sample_id=f"{int(row.sample_id, 16) + start:032x}")

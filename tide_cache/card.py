@@ -1,5 +1,7 @@
 """The dataset card of a set: README.md with the YAML that makes the folder a valid Hub dataset."""
 
+from typing import Any
+
 import yaml
 
 from tide_cache.manifest import CacheManifest, Manifest
@@ -67,26 +69,102 @@ def entries_count(manifest: Manifest) -> int:
 
 
 def _body(manifest: Manifest) -> list[str]:
-    counts = manifest.counts
-    title = "Teacher cache" if isinstance(manifest, CacheManifest) else "Premasked set"
-    lines = [f"# {title}", ""]
-    if isinstance(manifest, CacheManifest):
-        teacher = manifest.teacher_model
-        payloads = ", ".join(describe_payload(payload) for payload in manifest.payloads)
-        lines += [
-            f"- teacher: `{teacher.name}` ({teacher.dtype}, {teacher.attention} attention)",
-            f"- payloads: {payloads}",
-            *[f"- fidelity: {describe_fidelity(facts)}" for facts in manifest.fidelity],
-        ]
-    lines += [
-        f"- student tokenizer: `{manifest.student.name}`",
-        f"- {counts.get('num_samples', 0)} samples, {manifest.num_views} views each, "
-        f"{counts.get('num_masked_positions', 0)} masked positions",
+    is_cache = isinstance(manifest, CacheManifest)
+    return [
+        f"# {'Teacher cache' if is_cache else 'Premasked set'}",
+        "",
+        *_contents(manifest),
+        *_origins(manifest),
         "",
         "## Sources",
         "",
-        *[f"- `{s.name}`: licence {s.licence or 'unknown'}" for s in manifest.sources],
+        *[
+            f"- {_code(s.name)}: licence {_words(s.licence or 'unknown')}, {s.num_rows_taken:,} of "
+            f"{s.num_rows:,} rows taken, fingerprint {_code(s.fingerprint[:12])}"
+            for s in manifest.sources
+        ],
+        "",
+        "## Made by",
+        "",
+        *_makers(manifest),
+        "",
+        "## What is in it",
         "",
         "Token ids are text: whoever holds this folder can read the conversations in it.",
+        "The terms of the sources go with their text, those of the teacher with its answers;",
+        "whoever passes this folder on passes both on.",
     ]
+
+
+def _contents(manifest: Manifest) -> list[str]:
+    counts = manifest.counts
+    lines = []
+    if isinstance(manifest, CacheManifest):
+        teacher = manifest.teacher_model
+        revision = "revision not given" if teacher.revision is None else teacher.revision
+        payloads = ", ".join(describe_payload(payload) for payload in manifest.payloads)
+        lines += [
+            f"- teacher: {_code(teacher.name)} ({_words(revision)}, weights "
+            f"{_code(teacher.weights_sha256[:12])}, {_words(teacher.dtype)}, "
+            f"{_words(teacher.attention)} attention); its licence is that model's own",
+            f"- payloads: {payloads}",
+            *[f"- fidelity: {_words(describe_fidelity(facts))}" for facts in manifest.fidelity],
+        ]
+    return [
+        *lines,
+        f"- student tokenizer: {_code(manifest.student.name)}",
+        f"- {counts.get('num_samples', 0)} samples, {manifest.num_views} views each, "
+        f"{counts.get('num_masked_positions', 0)} masked positions",
+    ]
+
+
+def _origins(manifest: Manifest) -> list[str]:
+    """What a set that was merged or is a part says of where it comes from."""
+    if not manifest.origins:
+        return []
+    lines = ["", "## Made from", ""]
+    for origin in manifest.origins:
+        told = f"- {_code(origin.identity[:12])}: {origin.num_samples:,} samples"
+        if origin.num_duplicates:
+            told += f", {origin.num_duplicates:,} more left out as duplicates"
+        if origin.relation == "part":
+            views = "all" if origin.views is None else ", ".join(map(str, origin.views))
+            payloads = "all" if origin.payloads is None else ", ".join(origin.payloads)
+            told += f"; this is a part of it: views {views}, payloads {_words(payloads)}"
+        lines.append(told)
     return lines
+
+
+def _makers(manifest: Manifest) -> list[str]:
+    """Which programs made it, and what it was made from, each line once."""
+    made: list[Any] = [manifest.provenance]
+    if isinstance(manifest, CacheManifest):
+        made.append(manifest.build_provenance)
+    for origin in manifest.origins:
+        made += [origin.made.get(name) for name in ("provenance", "build_provenance")]
+    lines = [_maker(facts) for facts in made if isinstance(facts, dict)]
+    return list(dict.fromkeys(lines))
+
+
+def _maker(facts: dict[str, Any]) -> str:
+    packages = facts.get("packages")
+    told = ", ".join(
+        f"{name} {version}"
+        for name, version in (packages.items() if isinstance(packages, dict) else ())
+    )
+    revision = str(facts.get("git_revision") or "unknown")[:12]
+    return (
+        f"- {_code(str(facts.get('command')))}, tide-cache {_words(str(facts.get('tide_cache')))}, "
+        f"git {_words(revision)}" + (f", with {_words(told)}" if told else "")
+    )
+
+
+def _code(text: str) -> str:
+    """Return a name of a stranger's as code, which holds no markup."""
+    return f"`{' '.join(text.replace('`', chr(39)).split())}`"
+
+
+def _words(text: str) -> str:
+    """Return a stranger's words without what Markdown or HTML would take for markup."""
+    plain = " ".join(text.split())
+    return "".join(f"\\{letter}" if letter in "<>[]`|*\\" else letter for letter in plain)

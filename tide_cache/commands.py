@@ -1,4 +1,4 @@
-"""The ground floor's commands: verify, inspect, status. They read; they never write."""
+"""The ground floor's commands: verify, inspect, status. They read, and never write to a set."""
 
 import json
 import sys
@@ -15,6 +15,7 @@ from rich.text import Text
 from tide_cache.cli import show_error
 from tide_cache.errors import TideError
 from tide_cache.inspect import lines, summary
+from tide_cache.report import write_report
 from tide_cache.signing import find_signature, sign_set
 from tide_cache.status import lines as status_lines
 from tide_cache.status import status as find_status
@@ -121,7 +122,16 @@ def sign(
     sys.stdout.write(f"wrote {path}; check it with 'tide-cache verify {url} --public-key FILE'\n")
 
 
-def inspect(url: Url, json_output: Json = False) -> None:
+def inspect(
+    url: Url,
+    json_output: Json = False,
+    html: Annotated[
+        Path | None, typer.Option(help="Write one page with plots and a few rows to this file.")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="With --html: the student's tokenizer.json, for text.")
+    ] = None,
+) -> None:
     """Show what a set is: recipe, sizes, teacher, payloads, provenance.
 
     [bold]Examples[/bold]
@@ -129,7 +139,13 @@ def inspect(url: Url, json_output: Json = False) -> None:
     tide-cache inspect runs/cache
 
     tide-cache inspect s3://lab/cache --json
+
+    tide-cache inspect runs/cache --html report.html --tokenizer student/tokenizer.json
     """
+    if html is not None:
+        write_report(url, html, tokenizer)
+        Console(soft_wrap=True).print(f"wrote {html}", markup=False, highlight=False)
+        return
     facts = summary(read_manifest(Store(url)), url=url)
     if json_output:
         sys.stdout.write(json.dumps(facts, indent=2) + "\n")

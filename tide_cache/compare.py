@@ -50,7 +50,7 @@ _MERGE: dict[str, str] = {
         for side in ("student", "teacher")
         for name in ("max_length", "chat_template", "template_kwargs")
     },
-    "comp_demo": "the teacher was asked in one pass there, in two here",
+    "comp_demo": "one teacher was asked in one pass, the other in two (CompDemo)",
     **{
         f"teacher_model.{name}": _OTHER_ANSWERS
         for name in (

@@ -47,6 +47,10 @@ class HubTarget:
         }
         self._folder = "/".join(parts[2:])
 
+    def paths(self) -> list[str]:
+        """Return the files of the newest commit."""
+        return sorted(self._present)
+
     def read(self, path: str) -> bytes:
         """Return a file of the newest commit."""
         if path not in self._present:

@@ -26,6 +26,7 @@ def summary(manifest: Manifest, *, url: str) -> dict[str, Any]:
         "noising": manifest.noising.model_dump(),
         "sources": [source.model_dump() for source in manifest.sources],
         "provenance": manifest.provenance,
+        "origins": [origin.model_dump(exclude={"made"}) for origin in manifest.origins],
     }
     if isinstance(manifest, CacheManifest):
         num_entries = entries_count(manifest)
@@ -74,6 +75,9 @@ def lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
                 f"licence {licence}",
             )
         )
+    for origin in facts["origins"]:
+        label = "merged from" if origin["relation"] == "merged" else "part of"
+        out.append((label, f"{origin['identity']}, {origin['num_samples']:,} samples"))
     dropped = ", ".join(f"{reason} {count:,}" for reason, count in facts["dropped"].items())
     out.append(("dropped", dropped or "none"))
     made = facts.get("build_provenance", facts["provenance"])

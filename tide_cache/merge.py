@@ -113,7 +113,7 @@ def plan_merge(urls: Sequence[str]) -> MergePlan:
     """Check that the sets can become one, and decide which rows go where.
 
     Reads manifests and the `sample_id` column. Raises CompatibilityError naming the fields that
-    differ, ConfigError for fewer than two sets or one named twice.
+    differ, ConfigError for fewer than two sets, one named twice or no rows at all.
     """
     stores = tuple(Store(url) for url in urls)
     if len(stores) < 2:
@@ -127,6 +127,8 @@ def plan_merge(urls: Sequence[str]) -> MergePlan:
             )
     require_mergeable(manifests, [store.url for store in stores])
     tasks, duplicates_of = _plan_tasks(stores, manifests)
+    if not tasks:
+        raise ConfigError("merge: none of the sets has rows")
     return MergePlan(
         stores=stores,
         manifests=manifests,

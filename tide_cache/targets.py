@@ -8,6 +8,7 @@ ones. Credentials are found by the libraries themselves, where they always look.
 
 import hashlib
 import os
+import re
 import threading
 import uuid
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from tide_cache.store import TEMPORARY_SUFFIX, Store, without_password
 from tide_cache.transfer import OnBytes, Target, in_parallel
 
 _SHA256_KEY = "sha256"
+_TEMPORARY = re.compile(rf"\..+\.[0-9a-f]{{32}}{re.escape(TEMPORARY_SUFFIX)}")
 _WHOLE_BYTES = 64 << 20  # files up to this size are sent from memory
 
 
@@ -47,6 +49,10 @@ class FolderTarget:
         self._store = store
         self._root = Path(store.path(""))
         self.url = store.url
+
+    def paths(self) -> list[str]:
+        """Return the files that are there."""
+        return self._store.list_files()
 
     def read(self, path: str) -> bytes:
         """Return a file."""
@@ -79,7 +85,7 @@ class FolderTarget:
     def close(self) -> None:
         """Remove the temporary files that killed transfers left."""
         for path in self._store.list_files():
-            if path.endswith(TEMPORARY_SUFFIX):
+            if _TEMPORARY.fullmatch(path.rpartition("/")[2]):
                 self._store.remove(path)
 
     def _fetch(self, source: Store, facts: Listed, on_bytes: OnBytes) -> None:
@@ -115,6 +121,10 @@ class BucketTarget:
         self._store = store
         self._fs = store._fs
         self.url = store.url
+
+    def paths(self) -> list[str]:
+        """Return the objects that were there when the transfer began."""
+        return sorted(self._sizes)
 
     def read(self, path: str) -> bytes:
         """Return a file."""

@@ -34,6 +34,9 @@ class Target(Protocol):
     def url(self) -> str:
         """Where it is, without passwords."""
 
+    def paths(self) -> list[str]:
+        """Return the files that are there."""
+
     def read(self, path: str) -> bytes:
         """Return a small file. Raises MissingFileError."""
 
@@ -59,7 +62,7 @@ class Target(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TransferPlan:
-    """What has to be done: files there already, to send, to replace, and no longer listed."""
+    """What has to be done: files there already, to send, to replace, and not listed (`stale`)."""
 
     files: SetFiles
     present: tuple[Listed, ...]
@@ -127,7 +130,7 @@ def plan_transfer(files: SetFiles, target: Target) -> TransferPlan:
         present=tuple(found[True]),
         absent=tuple(found[None]),
         different=tuple(found[False]),
-        stale=tuple(path for path in old_files if path not in wanted),
+        stale=tuple(path for path in target.paths() if _is_ours(path) and path not in wanted),
         is_finished=is_whole and old is not None and _same_unlisted(files, target),
         old_identity=None if old is None else identity(old),
     )
@@ -187,6 +190,12 @@ def in_parallel(work: Callable[[Listed], None], files: Sequence[Listed]) -> None
 
 def _listed(manifest: Manifest) -> list[Listed]:
     return [*manifest.files, *manifest.shards]
+
+
+def _is_ours(path: str) -> bool:
+    """Say whether a set may have put that file there, and would be read as having it."""
+    name = path.rpartition("/")[2]
+    return path.startswith(("data/", "codec/")) and not name.startswith(".")
 
 
 def _old_manifest(target: Target) -> Manifest | None:

@@ -19,7 +19,14 @@ from tests.builders import (
     run_command,
     write_yaml,
 )
-from tests.cache_builders import SetShape, Workshop, make_workshop, write_cache, write_premasked
+from tests.cache_builders import (
+    SetShape,
+    Workshop,
+    make_workshop,
+    numbered_from,
+    write_cache,
+    write_premasked,
+)
 from tests.http_servers import WebServer, web_server
 from tests.s3_servers import s3_server
 from tests.support import PROJECT_ROOT
@@ -28,7 +35,6 @@ from tide_cache.errors import CompatibilityError, ConfigError, FormatError, Stor
 from tide_cache.manifest import CacheManifest, Manifest
 from tide_cache.merge import merge, plan_merge
 from tide_cache.part import plan_part, pull_part
-from tide_cache.rows import PremaskedRow
 from tide_cache.set_files import SIGNATURE, read_set_files
 from tide_cache.store import Store
 from tide_cache.targets import FolderTarget, open_target
@@ -209,6 +215,24 @@ def test_bytes_that_are_not_the_listed_ones_are_never_kept(
     assert_same_files(tmp_path / "always", workshop.cache)
 
 
+def test_large_files_are_sent_from_the_disk(
+    workshop: Workshop, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tide_cache.targets._WHOLE_BYTES", 0)
+    url = f"{bucket}/large"
+    send(workshop.cache, url)
+    assert fetched(url) == all_files(workshop.cache)
+    store = Store(url)
+    sha256 = store._fs.metadata(store.path(SHARD))["sha256"]
+    assert sha256 == store.sha256(SHARD)
+    shutil.copytree(workshop.cache, tmp_path / "bad")
+    shard = tmp_path / "bad" / SHARD
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    with pytest.raises(FormatError, match=rf"{SHARD}: sha256 mismatch"):
+        send(tmp_path / "bad", f"{bucket}/bad-large")
+    assert not Store(f"{bucket}/bad-large").exists(SHARD)
+
+
 def test_a_damaged_set_is_not_pushed(workshop: Workshop, bucket: str, tmp_path: Path) -> None:
     shutil.copytree(workshop.cache, tmp_path / "bad")
     shard = tmp_path / "bad" / SHARD
@@ -218,13 +242,6 @@ def test_a_damaged_set_is_not_pushed(workshop: Workshop, bucket: str, tmp_path: 
     assert f"{SHARD}: sha256 mismatch" in done.stderr
     assert not Store(f"{bucket}/bad").exists("manifest.json")
     assert not Store(f"{bucket}/bad").exists(SHARD)
-
-
-def numbered_from(start: int) -> Callable[[PremaskedRow], PremaskedRow]:
-    """Rows of other samples: the same ids under other names."""
-    from dataclasses import replace
-
-    return lambda row: replace(row, sample_id=f"{int(row.sample_id, 16) + start:032x}")
 
 
 def test_a_set_that_grew_by_a_hundredth_is_sent_by_a_hundredth(
@@ -279,6 +296,27 @@ def test_another_set_is_not_overwritten_unless_asked(
     # The other way round, files are left over: the codec's.
     send(workshop.premasked, url, replace=True)
     assert fetched(url) == all_files(workshop.premasked)
+
+
+@pytest.mark.parametrize("kind", ["bucket", "folder"])
+def test_a_replacing_that_was_killed_leaves_nothing_of_the_old_set(
+    workshop: Workshop, bucket: str, tmp_path: Path, kind: str
+) -> None:
+    """The manifest goes first: what else there was is then known by where it lies alone."""
+    url = f"{bucket}/replaced" if kind == "bucket" else str(tmp_path / "replaced")
+    send(workshop.cache, url)
+    Store(url).remove("manifest.json")
+    if kind == "folder":
+        (tmp_path / "replaced/mine.tmp").write_text("mine")
+        (tmp_path / f"replaced/data/.x.{'0' * 32}.tmp").write_text("of a killed transfer")
+    with pytest.raises(CompatibilityError, match="holds another set"):
+        send(workshop.premasked, url)
+    send(workshop.premasked, url, replace=True)
+    kept = fetched(url)
+    assert kept.pop("mine.tmp", b"mine") == b"mine"
+    assert kept == all_files(workshop.premasked)
+    report = verify_set(Store(url))
+    assert report.ok, report.problems
 
 
 def test_where_a_set_is_being_made_nothing_is_put(workshop: Workshop, tmp_path: Path) -> None:

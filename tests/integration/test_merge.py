@@ -147,6 +147,17 @@ def test_a_merged_set_merges_again(ground: Path, tmp_path: Path) -> None:
     assert {name: all_files(tmp_path / "b")[name] for name in shards} == shards
 
 
+def test_inspect_tells_where_it_comes_from(ground: Path, tmp_path: Path) -> None:
+    halves = [ground / "premasked-first", ground / "premasked-second"]
+    merged(tmp_path / "both", *halves)
+    shown = succeed("inspect", tmp_path / "both")
+    for half in halves:
+        assert f"{open_cache(half).identity}, " in " ".join(shown.split())
+    told = json.loads(succeed("inspect", tmp_path / "both", "--json"))
+    assert [origin["num_samples"] for origin in told["origins"]] == [16, 24]
+    assert json.loads(succeed("inspect", halves[0], "--json"))["origins"] == []
+
+
 def test_a_dry_run_writes_nothing(ground: Path, tmp_path: Path) -> None:
     inputs = (ground / "cache-first", ground / "cache-second")
     out = succeed("merge", *inputs, "-o", tmp_path / "out", "--dry-run")

@@ -8,11 +8,15 @@ import pytest
 
 from tests.builders import run_command
 from tests.cache_builders import SetShape, Workshop, make_workshop
+from tests.set_builders import premasked_header
 from tests.support import PROJECT_ROOT
 from tide_cache.cache import open_cache
 from tide_cache.compare import Comparison, compare, lines, require_mergeable
-from tide_cache.errors import CompatibilityError
+from tide_cache.errors import CompatibilityError, ConfigError
 from tide_cache.manifest import Manifest, parse_manifest
+from tide_cache.merge import plan_merge
+from tide_cache.store import Store
+from tide_cache.writer import SetWriter
 
 FORMAT_1 = PROJECT_ROOT / "tests/data/format-1"
 
@@ -41,7 +45,7 @@ HARD = [
     ("teacher/sha256", "c" * 64, "teacher.sha256", "merge", "ids of the teacher would mean other"),
     ("noising/seed", 7, "noising.seed", "merge", "drawn by two rules"),
     ("noising/num_timesteps", 16, "noising.num_timesteps", "merge", "drawn by two rules"),
-    ("comp_demo", False, "comp_demo", "merge", "asked in one pass there"),
+    ("comp_demo", False, "comp_demo", "merge", "asked in one pass, the other in two"),
     ("teacher_model/weights_sha256", "d" * 64, "teacher_model.weights_sha256", "merge", "another"),
     ("teacher_model/dtype", "bfloat16", "teacher_model.dtype", "merge", "asked otherwise"),
     ("teacher_model/attention", "native", "teacher_model.attention", "merge", "asked otherwise"),
@@ -149,6 +153,21 @@ def test_the_command(workshop: Workshop, tmp_path: Path) -> None:
     fields = {d["field"]: d["matters_for"] for d in told["differences"]}
     assert fields["kind"] == "merge"
     assert fields["teacher_model.dtype"] == "merge"
+
+
+def test_sets_without_rows_and_the_same_set_twice(workshop: Workshop, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is the same set as"):
+        plan_merge([str(workshop.cache)] * 2)
+    with pytest.raises(ConfigError, match="expected at least two sets"):
+        plan_merge([str(workshop.cache)])
+    urls = []
+    for name in ("a", "b"):
+        header = premasked_header(config={"seed": name})
+        SetWriter(Store(tmp_path / name), header).begin()
+        SetWriter(Store(tmp_path / name), header).finish([])
+        urls.append(str(tmp_path / name))
+    with pytest.raises(ConfigError, match="merge: none of the sets has rows"):
+        plan_merge(urls)
 
 
 def test_nothing_is_lost_between_the_two_lists(workshop: Workshop) -> None:
