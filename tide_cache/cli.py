@@ -16,7 +16,7 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from tide_cache.errors import TideError
+from tide_cache.errors import TideError, printable
 
 GROUP = "tide_cache.commands"
 INSTALL_HINT = {
@@ -78,9 +78,9 @@ def run(app: typer.Typer) -> None:
 def show_error(error: TideError) -> None:
     """Print an error as people read it: what is wrong, then what to do."""
     errors.print("error: ", style="bold red", end="")
-    errors.print(error.message, markup=False, highlight=False)
+    errors.print(printable(error.message), markup=False, highlight=False)
     if error.hint:
-        errors.print(f"  {error.hint}", markup=False, highlight=False)
+        errors.print(printable(f"  {error.hint}"), markup=False, highlight=False)
 
 
 def _load(point: EntryPoint) -> Callable[..., Any]:

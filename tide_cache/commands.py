@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tide_cache.cli import show_error
-from tide_cache.errors import TideError
+from tide_cache.errors import TideError, printable
 from tide_cache.inspect import lines, summary
 from tide_cache.signing import find_signature, sign_set
 from tide_cache.status import lines as status_lines
@@ -136,7 +136,7 @@ def inspect(url: Url, json_output: Json = False) -> None:
         return
     table = Table(title=url, show_header=False, title_justify="left", box=None)
     for label, text in lines(facts):
-        table.add_row(Text(label, style="bold"), Text(text))
+        table.add_row(Text(label, style="bold"), Text(printable(text)))
     Console().print(table)
 
 
@@ -157,7 +157,7 @@ def status(url: Url, json_output: Json = False) -> None:
         return
     table = Table(title=url, show_header=False, title_justify="left", box=None)
     for label, text in status_lines(facts):
-        table.add_row(Text(label, style="bold"), Text(text))
+        table.add_row(Text(label, style="bold"), Text(printable(text)))
     Console().print(table)
 
 
@@ -190,7 +190,7 @@ def _print_report(report: Report) -> None:
     out = Console(soft_wrap=True)
     for problem in report.problems:
         out.print("problem ", style="red", end="")
-        out.print(problem, markup=False, highlight=False)
+        out.print(printable(problem), markup=False, highlight=False)
     verdict = "[green]sound[/green]" if report.ok else f"[red]{len(report.problems)} problems[/red]"
     out.print(
         f"{report.url}: {verdict}{_LEVEL_TEXTS[report.level]} ({report.kind} "
