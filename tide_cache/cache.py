@@ -74,21 +74,21 @@ class Cache:
 
     @cached_property
     def num_samples(self) -> int:
-        """Number of samples, which is the number of rows of each view; at least one.
-
-        Raises FormatError where a local set has not the sizes that its manifest lists: loaders make
-        room for every row.
-        """
-        if self.store.is_local:
-            for shard in self.manifest.shards:
-                self._check_size(shard)
-        if not self.manifest.shards:
-            raise FormatError(f"{self.url}: the set has no rows")
+        """Number of samples, which is the number of rows of each view."""
         return int(self._starts[-1])
 
     @cached_property
     def row_group_sizes(self) -> npt.NDArray[np.int64]:
-        """Number of rows of each row group of a view, in order; the same for every view."""
+        """Number of rows of each row group of a view, in order; the same for every view.
+
+        Loaders make room for every row, so this raises FormatError where a local set has not the
+        sizes that its manifest lists, or no rows.
+        """
+        if not self.manifest.shards:
+            raise FormatError(f"{self.url}: the set has no rows")
+        if self.store.is_local:
+            for shard in self.manifest.shards:
+                self._check_size(shard)
         sizes = [size for shard in self._shards_of(0) for size in group_sizes(shard.num_rows)]
         return np.asarray(sizes, dtype=np.int64)
 
