@@ -19,6 +19,7 @@ from rich.console import Console
 from tide_cache.errors import TideError, printable
 
 GROUP = "tide_cache.commands"
+CHECKS_GROUP = "tide_cache.checks"
 INSTALL_HINT = {
     "stage1_teacher": "pip install 'tide-cache[teacher]'",
     "stage2_student": "pip install 'tide-cache[student]'",
@@ -83,18 +84,28 @@ def show_error(error: TideError) -> None:
         errors.print(printable(f"  {error.hint}"), markup=False, highlight=False)
 
 
+def load_point(point: EntryPoint, name: str) -> Callable[..., Any]:
+    """Import what an entry point names. Raises TideError where its stage is not installed."""
+    try:
+        found: Callable[..., Any] = point.load()
+        return found
+    except ModuleNotFoundError as error:
+        _missing(point, error, name)
+        raise
+
+
 def _load(point: EntryPoint) -> Callable[..., Any]:
     try:
         command: Callable[..., Any] = point.load()
         return command
     except ModuleNotFoundError as error:
-        return functools.wraps(_unused)(functools.partial(_missing, point, error))
+        return functools.wraps(_unused)(functools.partial(_missing, point, error, point.name))
 
 
-def _missing(point: EntryPoint, error: ModuleNotFoundError) -> None:
+def _missing(point: EntryPoint, error: ModuleNotFoundError, name: str) -> None:
     package = point.value.split(".")[0]
     raise TideError(
-        f"'tide-cache {point.name}' needs {error.name}, which is not installed",
+        f"'tide-cache {name}' needs {error.name}, which is not installed",
         hint=INSTALL_HINT.get(package),
     )
 
