@@ -196,7 +196,7 @@ def _shape_of(text: str) -> str:
     text = re.sub(r"(sample|row) \S+( view \S+)?", "ROW", text)
     text = re.sub(r"(expected|got) .*", r"\1 …", text)
     text = re.sub(r"\(.*", "", text)
-    return re.sub(r"[0-9a-f]*\d[0-9a-f.e+]*", "N", text)[:90].strip()
+    return re.sub(r"\b(0x)?[0-9a-f]*\d[0-9a-f.e+]*\b", "N", text)[:90].strip()
 
 
 def main() -> int:

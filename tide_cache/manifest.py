@@ -253,7 +253,7 @@ def parse_manifest(data: bytes, *, where: str) -> Manifest:
     kind = values.get("kind")
     _check_codecs(values.get("payloads"), where)
     models: dict[Any, type[Manifest]] = {"premasked": PremaskedManifest, "cache": CacheManifest}
-    if kind not in models:
+    if not isinstance(kind, str) or kind not in models:
         raise FormatError(f"{where}: kind: expected premasked or cache, got {kind!r}")
     try:
         manifest = models[kind].model_validate(values)
@@ -277,7 +277,8 @@ def _check_codecs(payloads: Any, where: str) -> None:
             continue
         name, codec = payload.get("name"), payload.get("codec")
         version = payload.get("codec_version")
-        if version not in KNOWN_CODECS.get((name, codec), ()):
+        is_named = isinstance(name, str) and isinstance(codec, str)
+        if not is_named or version not in KNOWN_CODECS.get((name, codec), ()):
             known = ", ".join(
                 f"{of}: {kind} {'/'.join(map(str, versions))}"
                 for (of, kind), versions in KNOWN_CODECS.items()

@@ -146,6 +146,13 @@ HUGE = 10**30
         (("payloads", 1, "hidden_size"), HUGE),
         (("teacher_model", "mask_token_id"), HUGE),
         (("alignment",), "chunks"),
+        (("kind",), []),
+        (("kind",), {}),
+        (("format_version",), [2]),
+        (("payloads", 0, "codec"), []),
+        (("payloads", 0, "name"), {}),
+        (("payloads", 0), []),
+        (("payloads",), {}),
         (("shards", 0, "path"), "data/view-\u0660\u0660/00000.parquet"),
     ],
 )
@@ -158,7 +165,7 @@ def test_numbers_out_of_bounds_are_refused(tmp_path: Path, path: Any, value: obj
         values[path[-1]] = value
 
     edit_manifest(tmp_path / "cache", edit)
-    with pytest.raises(FormatError, match=f"{path[0]}|{path[-1]}"):
+    with pytest.raises(FormatError, match=f"{path[0]}|{path[-1]}|payload"):
         open_cache(tmp_path / "cache")
 
 
