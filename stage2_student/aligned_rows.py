@@ -61,7 +61,7 @@ def decode_partners(table: pa.Table, noised: NoisedRows) -> BoolArray:
     """
     runs_R3, row_R = _alignment(table, "align_runs", 3)
     start_R, end_R = runs_R3[:, 0], runs_R3[:, 0] + runs_R3[:, 2]
-    _require_intervals("align_runs", start_R, end_R, noised.length_B[row_R])
+    _require_intervals("align_runs", start_R, end_R, noised.length_B[row_R], row_R)
     edges_BL = np.zeros((len(noised.ids_BL), noised.ids_BL.shape[1] + 1), dtype=np.int32)
     np.add.at(edges_BL, (row_R, start_R), 1)
     np.add.at(edges_BL, (row_R, end_R), -1)
@@ -84,7 +84,7 @@ def decode_chunks(table: pa.Table, noised: NoisedRows) -> RowChunks:
     """Decode the column `chunks`. Raises FormatError for a chunk outside its sequence."""
     chunks_C4, row_C = _alignment(table, "chunks", 4)
     start_C, end_C = chunks_C4[:, 0], chunks_C4[:, 1]
-    _require_intervals("chunks", start_C, end_C, noised.length_B[row_C])
+    _require_intervals("chunks", start_C, end_C, noised.length_B[row_C], row_C)
     prompt_C = (noised.length_B - noised.labelled_B)[row_C]
     return RowChunks(
         row_C=row_C,
@@ -148,6 +148,11 @@ def _alignment(table: pa.Table, column: str, width: int) -> tuple[Int64Array, In
     return values.reshape(-1, width), row
 
 
-def _require_intervals(column: str, start: Int64Array, end: Int64Array, length: Int64Array) -> None:
+def _require_intervals(
+    column: str, start: Int64Array, end: Int64Array, length: Int64Array, row: Int64Array
+) -> None:
     good = (start >= 0) & (end > start) & (end <= length)
     require(good.all(), f"{column}: an entry outside the sequence")
+    # Entries that overlap could stand for any number of tokens.
+    is_behind = (start[1:] >= end[:-1]) | (row[1:] > row[:-1])
+    require(is_behind.all(), f"{column}: entries out of order")

@@ -23,7 +23,7 @@ from stage2_student.teacher_rows import TeacherReading, TeacherRows, decode_teac
 from tide_cache.cache import Cache
 from tide_cache.errors import FormatError
 from tide_cache.payloads import check_payloads, num_entries
-from tide_cache.rows import table_to_rows
+from tide_cache.rows import MAX_POSITIONS, table_to_rows
 from tide_cache.shard_checks import check_row_of
 
 ROW_COLUMNS = ("sample_id", "student_ids", "prompt_length", "student_mask", "timestep")
@@ -167,6 +167,7 @@ def decode_rows(table: pa.Table, *, num_ids: int) -> NoisedRows:
     prompt_B = table["prompt_length"].to_numpy().astype(np.int64)
     timestep_B = table["timestep"].to_numpy().astype(np.float32)
     require((id_count_B > 0).all(), "student_ids: a row without ids")
+    require((id_count_B <= MAX_POSITIONS).all(), f"student_ids: more than {MAX_POSITIONS} ids")
     require(ids.min() >= 0 and ids.max() < num_ids, f"student_ids: ids outside 0..{num_ids - 1}")
     require(
         ((prompt_B >= 0) & (prompt_B <= id_count_B)).all(), "prompt_length: outside the sequence"

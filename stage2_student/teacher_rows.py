@@ -36,9 +36,16 @@ from tide_cache.payload_facts import CandidatesFacts, HiddenFacts
 from tide_cache.payloads import CandidatesCodec, Codecs
 from tide_cache.payloads.candidates import CODEC_FILE, NO_ID
 from tide_cache.payloads.chunks import RawChunks
-from tide_cache.payloads.hidden import HEAD_FILE, TRANSFORM_FILE, HiddenCodec, Transform
+from tide_cache.payloads.hidden import (
+    HEAD_FILE,
+    MAX_WEIGHT,
+    TRANSFORM_FILE,
+    HiddenCodec,
+    Transform,
+)
 from tide_cache.rows import AlignmentKind
 
+_HEAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ALIGNMENT_COLUMN: dict[AlignmentKind, str] = {"positions": "align_runs", "chunks": "chunks"}
 
 
@@ -245,17 +252,17 @@ def read_replay_head(cache: Cache, facts: HiddenFacts) -> ReplayHead:
     data = read_codec_bytes(cache.store, files, HEAD_FILE)
     try:
         tensors = load(data)
-    except SafetensorError as error:
+    except (SafetensorError, ValueError, KeyError) as error:  # KeyError: a type torch lacks
         raise FormatError(f"{where}: not a safetensors file: {error}") from error
     shapes = {"weight": (facts.vocab_size, facts.hidden_size), "bias": (facts.vocab_size,)}
     for name, shape in shapes.items():
         tensor = tensors.get(name)
         if tensor is None and name == "bias":
             continue
-        if tensor is None or tuple(tensor.shape) != shape or not tensor.is_floating_point():
+        if tensor is None or tuple(tensor.shape) != shape or tensor.dtype not in _HEAD_DTYPES:
             raise FormatError(f"{where}: {name}: expected floats of shape {shape}")
-        if not bool(torch.isfinite(tensor).all()):
-            raise FormatError(f"{where}: {name}: expected finite numbers")
+        if not bool((tensor.abs() <= MAX_WEIGHT).all()):  # NaN is not, either
+            raise FormatError(f"{where}: {name}: expected finite numbers within {MAX_WEIGHT:g}")
     return ReplayHead(
         weight_VD=tensors["weight"],
         bias_V=tensors.get("bias"),

@@ -18,12 +18,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from tide_cache.errors import FormatError
+from tide_cache.errors import FormatError, TideError
 from tide_cache.local_copies import CopiedStore, LocalCopies, LocalStoreConfig
 from tide_cache.manifest import Manifest, ShardFacts, identity
-from tide_cache.shards import ROWS_PER_GROUP, open_shard, read_row_groups
+from tide_cache.set_schema import set_schema
+from tide_cache.shards import ROWS_PER_GROUP, ShardFile, group_sizes, open_shard, read_row_groups
 from tide_cache.store import Store
 from tide_cache.writer import read_manifest
 
@@ -54,7 +54,7 @@ class Cache:
         self._num_idle_files = _IDLE_FILES if copies is None else 0
         self._num_groups_kept = num_groups_kept
         self._lock = threading.Lock()  # of the two below, never held while something is read
-        self._idle_files: OrderedDict[str, pq.ParquetFile] = OrderedDict()
+        self._idle_files: OrderedDict[str, ShardFile] = OrderedDict()
         self._groups: OrderedDict[GroupKey, Future[pa.Table]] = OrderedDict()
 
     @property
@@ -79,14 +79,25 @@ class Cache:
 
     @cached_property
     def row_group_sizes(self) -> npt.NDArray[np.int64]:
-        """Number of rows of each row group of a view, in order; the same for every view."""
-        sizes = [size for shard in self._shards_of(0) for size in _group_sizes(shard)]
+        """Number of rows of each row group of a view, in order; the same for every view.
+
+        Loaders make room for every row, so this raises FormatError where a local set has not the
+        sizes that its manifest lists, or no rows.
+        """
+        if not self.manifest.shards:
+            raise FormatError(f"{self.url}: the set has no rows")
+        if self.store.is_local:
+            for shard in self.manifest.shards:
+                self._check_size(shard)
+        sizes = [size for shard in self._shards_of(0) for size in group_sizes(shard.num_rows)]
         return np.asarray(sizes, dtype=np.int64)
 
     @cached_property
     def row_groups_per_shard(self) -> npt.NDArray[np.int64]:
         """Number of row groups of each shard of a view, in order; the same for every view."""
-        return np.asarray([len(_group_sizes(s)) for s in self._shards_of(0)], dtype=np.int64)
+        return np.asarray(
+            [len(group_sizes(s.num_rows)) for s in self._shards_of(0)], dtype=np.int64
+        )
 
     def shards_of_groups(
         self, view: int, groups: Sequence[int] | npt.NDArray[np.integer]
@@ -134,6 +145,10 @@ class Cache:
             self._groups.clear()
         for file in files:
             file.close(force=True)
+
+    @cached_property
+    def _schema(self) -> pa.Schema:
+        return set_schema(self.manifest)
 
     @cached_property
     def _starts(self) -> npt.NDArray[np.int64]:
@@ -190,7 +205,7 @@ class Cache:
             raise
 
     @contextmanager
-    def _opened(self, shard: ShardFacts) -> Iterator[pq.ParquetFile]:
+    def _opened(self, shard: ShardFacts) -> Iterator[ShardFile]:
         """Lend an open shard to one thread; two that want it at once each have their own."""
         with self._lock:
             file = self._idle_files.pop(shard.path, None)
@@ -202,7 +217,7 @@ class Cache:
         finally:
             self._put_back(shard.path, file)
 
-    def _put_back(self, path: str, file: pq.ParquetFile) -> None:
+    def _put_back(self, path: str, file: ShardFile) -> None:
         with self._lock:
             surplus = [self._idle_files.pop(path)] if path in self._idle_files else []
             self._idle_files[path] = file
@@ -211,14 +226,33 @@ class Cache:
         for old in surplus:
             old.close(force=True)
 
-    def _check_opened(self, shard: ShardFacts, file: pq.ParquetFile) -> None:
-        groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-        size_bytes = self.store.size_bytes(shard.path)
-        if size_bytes != shard.size_bytes or groups != _group_sizes(shard):
+    def _check_opened(self, shard: ShardFacts, file: ShardFile) -> None:
+        groups = file.group_sizes
+        try:
+            self._check_size(shard)
+            if groups != group_sizes(shard.num_rows):
+                raise FormatError(
+                    f"shard {shard.path}: expected {shard.num_rows} rows in groups of "
+                    f"{ROWS_PER_GROUP}, got groups of {groups[:4]}",
+                    hint=f"run 'tide-cache verify {self.url}'",
+                )
+        except TideError:
+            file.close(force=True)
+            raise
+        if not file.schema_found.equals(self._schema, check_metadata=False):
+            found = file.schema_found.names
             file.close(force=True)
             raise FormatError(
+                f"shard {shard.path}: schema: expected {self._schema.names}, got {found}",
+                hint=f"run 'tide-cache verify {self.url}'",
+            )
+
+    def _check_size(self, shard: ShardFacts) -> None:
+        size_bytes = self.store.size_bytes(shard.path)
+        if size_bytes != shard.size_bytes:
+            raise FormatError(
                 f"shard {shard.path}: expected {shard.num_rows} rows in {shard.size_bytes} bytes, "
-                f"got {sum(groups)} rows in {size_bytes} bytes",
+                f"got {size_bytes} bytes",
                 hint=f"run 'tide-cache verify {self.url}'",
             )
 
@@ -226,12 +260,6 @@ class Cache:
         if not shards:
             raise FormatError(f"{self.url}: the set has no rows")
         return self._read_groups([(shards[0], 0)], columns)[0].slice(0, 0)
-
-
-def _group_sizes(shard: ShardFacts) -> list[int]:
-    """Return the number of rows of each row group of a shard."""
-    whole, rest = divmod(shard.num_rows, ROWS_PER_GROUP)
-    return [ROWS_PER_GROUP] * whole + ([rest] if rest else [])
 
 
 def open_cache(

@@ -17,9 +17,10 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from tide_cache.errors import TideError
+from tide_cache.errors import TideError, printable
 
 GROUP = "tide_cache.commands"
+CHECKS_GROUP = "tide_cache.checks"
 INSTALL_HINT = {
     "stage1_teacher": "pip install 'tide-cache[teacher]'",
     "stage2_student": "pip install 'tide-cache[student]'",
@@ -82,9 +83,19 @@ def run(app: typer.Typer) -> None:
 def show_error(error: TideError) -> None:
     """Print an error as people read it: what is wrong, then what to do."""
     errors.print("error: ", style="bold red", end="")
-    errors.print(error.message, markup=False, highlight=False)
+    errors.print(printable(error.message), markup=False, highlight=False)
     if error.hint:
-        errors.print(f"  {error.hint}", markup=False, highlight=False)
+        errors.print(printable(f"  {error.hint}"), markup=False, highlight=False)
+
+
+def load_point(point: EntryPoint, name: str) -> Callable[..., Any]:
+    """Import what an entry point names. Raises TideError where its stage is not installed."""
+    try:
+        found: Callable[..., Any] = point.load()
+        return found
+    except ModuleNotFoundError as error:
+        _missing(point, error, name)
+        raise
 
 
 def _load(point: EntryPoint) -> Callable[..., Any]:
@@ -92,13 +103,13 @@ def _load(point: EntryPoint) -> Callable[..., Any]:
         command: Callable[..., Any] = point.load()
         return command
     except ModuleNotFoundError as error:
-        return functools.wraps(_unused)(functools.partial(_missing, point, error))
+        return functools.wraps(_unused)(functools.partial(_missing, point, error, point.name))
 
 
-def _missing(point: EntryPoint, error: ModuleNotFoundError) -> None:
+def _missing(point: EntryPoint, error: ModuleNotFoundError, name: str) -> None:
     package = point.value.split(".")[0]
     raise TideError(
-        f"'tide-cache {point.name}' needs {error.name}, which is not installed",
+        f"'tide-cache {name}' needs {error.name}, which is not installed",
         hint=INSTALL_HINT.get(package),
     )
 

@@ -17,6 +17,8 @@ from tide_cache.manifest import FileFacts
 from tide_cache.store import Store
 
 Tensors = Mapping[str, npt.NDArray[Any]]
+# An output head of 262,144 ids and 16,384 numbers each in bfloat16 takes half of it.
+MAX_CODEC_BYTES = 1 << 34
 _DTYPES = {"F32": "<f4", "F16": "<f2", "I32": "<i4"}
 
 
@@ -27,12 +29,14 @@ def read_codec_bytes(store: Store, files: Sequence[FileFacts], path: str) -> byt
     facts = next((facts for facts in files if facts.path == path), None)
     if facts is None:
         raise FormatError(f"{where}: not in the manifest's files", hint=hint)
+    if facts.size_bytes > MAX_CODEC_BYTES:
+        raise FormatError(f"{where}: expected at most {MAX_CODEC_BYTES} bytes")
     size_bytes = store.size_bytes(path)
     if size_bytes != facts.size_bytes:
         raise FormatError(
             f"{where}: expected {facts.size_bytes} bytes, got {size_bytes}", hint=hint
         )
-    data = store.read_bytes(path)
+    data = store.read_bytes(path, max_bytes=facts.size_bytes)
     if sha256_hex(data) != facts.sha256:
         raise FormatError(
             f"{where}: sha256 mismatch (expected {facts.sha256[:12]}…, got "
@@ -51,7 +55,7 @@ def parse_tensors(data: bytes, *, where: str) -> Tensors:
     """Return the tensors of a safetensors file by name. Raises FormatError when it is not one."""
     try:
         found = deserialize(data)  # type: ignore[no-untyped-call]
-    except SafetensorError as error:
+    except (SafetensorError, ValueError, OverflowError, MemoryError) as error:
         raise FormatError(f"{where}: not a safetensors file: {error}") from error
     return {name: _as_array(tensor, f"{where}: {name}") for name, tensor in found}
 

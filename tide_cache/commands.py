@@ -1,8 +1,10 @@
 """The ground floor's commands: verify, inspect, status. They read, and never write to a set."""
 
 import json
+import secrets
 import sys
 from enum import StrEnum
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated
 
@@ -12,8 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from tide_cache.cli import show_error
-from tide_cache.errors import TideError
+from tide_cache.cache import open_cache
+from tide_cache.cli import CHECKS_GROUP, load_point, show_error
+from tide_cache.errors import TideError, printable
 from tide_cache.inspect import lines, summary
 from tide_cache.report import write_report
 from tide_cache.signing import find_signature, sign_set
@@ -67,6 +70,18 @@ def verify(
             help="Check first that the set is as the owner of this key signed it (PEM).",
         ),
     ] = None,
+    against_teacher: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="Ask this teacher again about some samples of a sound cache."
+        ),
+    ] = None,
+    samples: Annotated[
+        int, typer.Option(min=1, help="How many samples to ask about, at random.")
+    ] = 64,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Which samples; default: nobody can know before.")
+    ] = None,
 ) -> None:
     """Check hashes, schema and every bound of a set; exit 0 if sound, 1 if not, 2 if unreadable.
 
@@ -79,6 +94,8 @@ def verify(
     tide-cache verify s3://lab/cache --level files --resume verify.jsonl
 
     tide-cache verify runs/cache --public-key lab.pub
+
+    tide-cache verify runs/cache --against-teacher WeDLM/WeDLM-8B-Instruct --samples 32
     """
     try:
         store = Store(url)
@@ -87,6 +104,9 @@ def verify(
         if signature is not None:
             report.signature = signature
             report.problems[:0] = [] if signature == "good" else [signature]
+        if against_teacher is not None and report.ok:
+            seed = secrets.randbits(32) if seed is None else seed
+            _ask_teacher(store, against_teacher, samples, seed, report)
     except TideError as error:
         if json_output:
             sys.stdout.write(json.dumps({"url": url, "ok": False, "problems": [str(error)]}) + "\n")
@@ -152,7 +172,7 @@ def inspect(
         return
     table = Table(title=url, show_header=False, title_justify="left", box=None)
     for label, text in lines(facts):
-        table.add_row(Text(label, style="bold"), Text(text))
+        table.add_row(Text(label, style="bold"), Text(printable(text)))
     Console().print(table)
 
 
@@ -173,8 +193,24 @@ def status(url: Url, json_output: Json = False) -> None:
         return
     table = Table(title=url, show_header=False, title_justify="left", box=None)
     for label, text in status_lines(facts):
-        table.add_row(Text(label, style="bold"), Text(text))
+        table.add_row(Text(label, style="bold"), Text(printable(text)))
     Console().print(table)
+
+
+def _ask_teacher(store: Store, model: str, num_samples: int, seed: int, report: Report) -> None:
+    """Let stage 1, if it is installed, compare a sample of rows with what the teacher says."""
+    (point,) = entry_points(group=CHECKS_GROUP, name="against_teacher")
+    check = load_point(point, f"verify --{point.name.replace('_', '-')}")
+    facts = check(open_cache(store.url), model, num_samples=num_samples, seed=seed)
+    report.teacher_check = facts
+    for row in facts["rows"]:
+        report.problems.append(
+            f"sample {row['sample_id']} view {row['view']}: {row['payload']}: not what the teacher "
+            f"says at {row['num_differing']} of {row['num_entries']} entries"
+        )
+    num_unnamed = facts["num_rows_differing"] - len(facts["rows"])
+    if num_unnamed > 0:
+        report.problems.append(f"{num_unnamed} more rows are not what the teacher says")
 
 
 def _verify_with_progress(
@@ -202,16 +238,27 @@ def _verify_with_progress(
         )
 
 
+def _teacher_text(report: Report) -> str:
+    facts = report.teacher_check
+    if facts is None:
+        return ""
+    return (
+        f", {facts['num_rows']:,} rows put to the teacher again, {facts['num_rows_differing']:,} "
+        f"differ (seed {facts['seed']})"
+    )
+
+
 def _print_report(report: Report) -> None:
     out = Console(soft_wrap=True)
     for problem in report.problems:
         out.print("problem ", style="red", end="")
-        out.print(problem, markup=False, highlight=False)
+        out.print(printable(problem), markup=False, highlight=False)
     verdict = "[green]sound[/green]" if report.ok else f"[red]{len(report.problems)} problems[/red]"
     out.print(
         f"{report.url}: {verdict}{_LEVEL_TEXTS[report.level]} ({report.kind} "
         f"{report.identity[:12]}…, {report.num_shards} shards, {report.num_rows:,} rows, "
         f"{report.num_payload_entries:,} payload entries, {report.size_bytes / 1e6:,.1f} MB)"
-        + (", signature good" if report.signature == "good" else ""),
+        + (", signature good" if report.signature == "good" else "")
+        + _teacher_text(report),
         highlight=False,
     )

@@ -71,6 +71,16 @@ def _rebuild(
     return error
 
 
+def printable(text: str) -> str:
+    """Return a text with its control characters spelt out.
+
+    Names and messages may come from a stranger's set; a terminal would act on them.
+    """
+    return "".join(
+        char if char.isprintable() or char in "\n\t" else ascii(char)[1:-1] for char in text
+    )
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return ` (did you mean 'x'?)` for the closest known word, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

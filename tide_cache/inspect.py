@@ -82,7 +82,10 @@ def lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     out.append(("dropped", dropped or "none"))
     made = facts.get("build_provenance", facts["provenance"])
     out.append(
-        ("made by", f"{made['command']} (tide-cache {made['tide_cache']}, git {_short(made)})")
+        (
+            "made by",
+            f"{made.get('command')} (tide-cache {made.get('tide_cache')}, git {_short(made)})",
+        )
     )
     return out
 
@@ -122,4 +125,4 @@ def _noising(facts: dict[str, Any]) -> str:
 
 
 def _short(made: dict[str, Any]) -> str:
-    return (made.get("git_revision") or "unknown")[:12]
+    return str(made.get("git_revision") or "unknown")[:12]

@@ -289,10 +289,10 @@ class CopiedStore(Store):
         with self.copies.open(relative) as file:
             return os.fstat(file.fileno()).st_size
 
-    def read_bytes(self, relative: str) -> bytes:
-        """Read the local copy of a listed file, or another file."""
+    def read_bytes(self, relative: str, *, max_bytes: int | None = None) -> bytes:
+        """Read the local copy of a listed file, which has its listed size, or another file."""
         if relative not in self.copies:
-            return super().read_bytes(relative)
+            return super().read_bytes(relative, max_bytes=max_bytes)
         with self.copies.open(relative) as file:
             return file.read()
 

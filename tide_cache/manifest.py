@@ -32,9 +32,10 @@ from tide_cache.payload_facts import (
     FidelityFacts,
     HiddenFacts,
     PayloadFacts,
+    TokenId,
     VocabSize,
 )
-from tide_cache.rows import AlignmentKind
+from tide_cache.rows import MAX_POSITIONS, AlignmentKind
 
 FORMAT: Final = "tide-cache"
 FORMAT_VERSION: Final = 2
@@ -42,7 +43,9 @@ ORIGINS_VERSION: Final = 3
 READABLE_VERSIONS: Final = (1, 2, 3)
 MANIFEST = "manifest.json"
 SIGNATURE = "cache.sig"
-_SHARD_PATH = re.compile(r"data/view-\d{2,4}/\d{5,9}\.parquet")
+MAX_MANIFEST_BYTES: Final = 1 << 29
+_MAX_SAMPLES = 1 << 31
+_SHARD_PATH = re.compile(r"data/view-[0-9]{2,4}/[0-9]{5,9}\.parquet")
 _FILE_PATH = re.compile(r"(codec/[a-z0-9_]+\.safetensors|README\.md)")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -73,9 +76,9 @@ class TokenizerFacts(StrictModel):
     name: str
     sha256: Sha256
     vocab_size: VocabSize
-    mask_token_id: Count | None
-    eos_token_id: Count | None
-    pad_token_id: Count | None
+    mask_token_id: TokenId | None
+    eos_token_id: TokenId | None
+    pad_token_id: TokenId | None
 
 
 class SourceFacts(StrictModel):
@@ -111,8 +114,8 @@ class TeacherFacts(StrictModel):
     dtype: str
     attention: str
     backend: str
-    block_size: int | None = Field(ge=1)
-    mask_token_id: Count
+    block_size: int | None = Field(ge=1, le=MAX_POSITIONS)
+    mask_token_id: TokenId
     device: str
 
 
@@ -128,7 +131,7 @@ class Header(StrictModel):
     kind: Literal["premasked"] = "premasked"
     alignment: AlignmentKind
     num_views: int = Field(ge=1, le=1000)
-    block_size: int = Field(ge=1)
+    block_size: int = Field(ge=1, le=MAX_POSITIONS)
     student: TokenizerFacts
     teacher: TokenizerFacts
     shared_vocab_size: VocabSize | None
@@ -160,6 +163,22 @@ class CacheHeader(Header):
             raise ValueError("hidden: expected candidates beside it, which pin the top")
         return payloads
 
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        candidates, hidden = self.candidates, self.hidden
+        if candidates is None:
+            return self
+        if self.alignment == "chunks":
+            raise ValueError("candidates: expected alignment positions, a shared tokenizer")
+        shared = self.shared_vocab_size
+        if shared is not None and candidates.vocab_size > shared:
+            raise ValueError(f"candidates: vocab_size: expected at most the {shared} shared ids")
+        if candidates.k > candidates.vocab_size:
+            raise ValueError(f"candidates: k: expected at most {candidates.vocab_size}")
+        if hidden is not None and hidden.vocab_size != candidates.vocab_size:
+            raise ValueError(f"hidden: vocab_size: expected {candidates.vocab_size}")
+        return self
+
     @property
     def candidates(self) -> CandidatesFacts | None:
         """The `candidates` payload, if the cache holds it."""
@@ -182,7 +201,7 @@ class ShardFacts(StrictModel):
     path: ShardPath
     task: Count
     view: Count
-    num_rows: Count
+    num_rows: int = Field(ge=1, lt=1 << 31)
     size_bytes: Count
     sha256: Sha256
 
@@ -274,8 +293,9 @@ def header_sha256(header: Header) -> str:
 def parse_manifest(data: bytes, *, where: str) -> Manifest:
     """Read and check a manifest. Raises FormatError naming the field, expected and got."""
     try:
-        values = json.loads(data)
-    except ValueError as error:
+        values = json.loads(data, parse_constant=_refuse_constant)
+        canonical_json(values)  # no infinity by way of 1e999, no half of a surrogate pair
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{where}: not JSON: {error}") from error
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise FormatError(f"{where}: not a tide-cache manifest (no format: {FORMAT!r})")
@@ -290,16 +310,21 @@ def parse_manifest(data: bytes, *, where: str) -> Manifest:
     kind = values.get("kind")
     _check_codecs(values.get("payloads"), where)
     models: dict[Any, type[Manifest]] = {"premasked": PremaskedManifest, "cache": CacheManifest}
-    if kind not in models:
+    if not isinstance(kind, str) or kind not in models:
         raise FormatError(f"{where}: kind: expected premasked or cache, got {kind!r}")
     try:
         manifest = models[kind].model_validate(values)
     except ValidationError as error:
         problem = error.errors()[0]
-        location = ".".join(str(part) for part in problem["loc"])
-        raise FormatError(f"{where}: {location}: {problem['msg']}") from error
+        location = "".join(f"{part}." for part in problem["loc"])[:-1]
+        told = problem["msg"].removeprefix("Value error, ")
+        raise FormatError(f"{where}: {location + ': ' if location else ''}{told}") from error
     _check_shards(manifest, where)
     return manifest
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def _check_codecs(payloads: Any, where: str) -> None:
@@ -309,7 +334,8 @@ def _check_codecs(payloads: Any, where: str) -> None:
             continue
         name, codec = payload.get("name"), payload.get("codec")
         version = payload.get("codec_version")
-        if version not in KNOWN_CODECS.get((name, codec), ()):
+        is_named = isinstance(name, str) and isinstance(codec, str)
+        if not is_named or version not in KNOWN_CODECS.get((name, codec), ()):
             known = ", ".join(
                 f"{of}: {kind} {'/'.join(map(str, versions))}"
                 for (of, kind), versions in KNOWN_CODECS.items()
@@ -331,6 +357,14 @@ def _check_shards(manifest: Manifest, where: str) -> None:
             raise FormatError(
                 f"{where}: shards: {shard.path}: expected {shard_path(shard.task, shard.view)}"
             )
+        # Even of equal rows each group of 256 takes a kilobyte; loaders make room for every row.
+        if shard.num_rows > shard.size_bytes:
+            raise FormatError(
+                f"{where}: shards: {shard.path}: {shard.num_rows} rows in {shard.size_bytes} bytes"
+            )
+    num_samples = sum(shard.num_rows for shard in manifest.shards if shard.view == 0)
+    if num_samples > _MAX_SAMPLES:
+        raise FormatError(f"{where}: shards: expected at most {_MAX_SAMPLES} samples")
     for task, shards in tasks.items():
         if [shard.view for shard in shards] != expected_views:
             raise FormatError(

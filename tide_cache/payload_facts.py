@@ -10,7 +10,9 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from tide_cache.config import StrictModel
 
-Count = Annotated[int, Field(ge=0)]
+# Sums of a thousand counts stay within 64 bits.
+Count = Annotated[int, Field(ge=0, lt=1 << 53)]
+TokenId = Annotated[int, Field(ge=0, lt=1 << 24)]
 VocabSize = Annotated[int, Field(ge=1, le=1 << 24)]
 MAX_RANKED_K: Final = (1 << 16) - 1
 KNOWN_CODECS: Final[dict[tuple[Any, Any], tuple[int, ...]]] = {
@@ -39,8 +41,8 @@ class CandidatesFacts(StrictModel):
     @field_validator("temperatures")
     @classmethod
     def _positive(cls, temperatures: tuple[float, ...]) -> tuple[float, ...]:
-        if not all(0.0 < value <= 1000.0 for value in temperatures):
-            raise ValueError("expected positive temperatures")
+        if not all(0.001 <= value <= 1000.0 for value in temperatures):
+            raise ValueError("expected temperatures in 0.001..1000")
         return temperatures
 
 
@@ -95,7 +97,7 @@ class HiddenFacts(StrictModel):
     vocab_size: VocabSize
     bands: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1, max_length=8)
     num_wide: Count
-    step: float = Field(gt=0, allow_inf_nan=False)
+    step: float = Field(gt=0, le=1e6, allow_inf_nan=False)
     fit_positions: int = Field(ge=1)
 
     @property

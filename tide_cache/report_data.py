@@ -21,8 +21,8 @@ from tide_cache.manifest import CacheManifest
 from tide_cache.payloads import Codecs, num_entries, open_codecs
 from tide_cache.payloads.candidates import NO_ID, Candidates
 from tide_cache.rows import PremaskedRow, row_fields, table_to_rows
+from tide_cache.shard_checks import check_row_of
 from tide_cache.shards import column_bytes, open_shard
-from tide_cache.verify import check_row_of
 
 NUM_BINS = 16
 _SHARDS_FOR_BYTES = 8

@@ -20,7 +20,7 @@ from tide_cache.geometry import BoolArray
 
 AlignmentKind = Literal["positions", "chunks"]
 _ALIGNMENT_COLUMN = {"positions": ("align_runs", 3), "chunks": ("chunks", 4)}
-_MAX_POSITIONS = 1 << 20
+MAX_POSITIONS = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,8 +136,8 @@ def check_row(
     problems = [
         (not 0 <= row.view < num_views, "view", f"0..{num_views - 1}", row.view),
         (not 0.0 < row.timestep <= 1.0, "timestep", "in (0, 1]", row.timestep),
-        (not 1 <= num_student <= _MAX_POSITIONS, "student_ids", "1..2^20 ids", num_student),
-        (not 1 <= num_teacher <= _MAX_POSITIONS, "teacher_ids", "1..2^20 ids", num_teacher),
+        (not 1 <= num_student <= MAX_POSITIONS, "student_ids", "1..2^20 ids", num_student),
+        (not 1 <= num_teacher <= MAX_POSITIONS, "teacher_ids", "1..2^20 ids", num_teacher),
         (
             not 0 <= row.prompt_length <= num_student,
             "prompt_length",

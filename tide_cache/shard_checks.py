@@ -26,7 +26,13 @@ from tide_cache.manifest import CacheHeader, Header, Manifest, ShardFacts
 from tide_cache.payloads import Codecs, check_payloads, num_entries
 from tide_cache.rows import PremaskedRow, check_row, table_to_rows
 from tide_cache.set_schema import set_schema
-from tide_cache.shards import open_parquet, read_row_groups, read_stamp
+from tide_cache.shards import (
+    ROWS_PER_GROUP,
+    group_sizes,
+    open_parquet,
+    read_row_groups,
+    read_stamp,
+)
 from tide_cache.store import Store
 
 Level = Literal["manifest", "files", "deep"]
@@ -107,10 +113,13 @@ def _check_content(
     parquet = open_parquet(file, f"{store.url}/{shard.path}", url=store.url)
     _check_stamp(read_stamp(parquet, where=shard.path), manifest, shard)
     expected = set_schema(manifest)
-    if not parquet.schema_arrow.equals(expected, check_metadata=False):
-        raise FormatError(f"schema: expected {expected.names}, got {parquet.schema_arrow.names}")
+    if not parquet.schema_found.equals(expected, check_metadata=False):
+        raise FormatError(f"schema: expected {expected.names}, got {parquet.schema_found.names}")
     if parquet.metadata.num_rows != shard.num_rows:
         raise FormatError(f"expected {shard.num_rows} rows, got {parquet.metadata.num_rows}")
+    if parquet.group_sizes != group_sizes(shard.num_rows):
+        found = parquet.group_sizes[:4]
+        raise FormatError(f"expected row groups of {ROWS_PER_GROUP} rows, got {found}")
     problems: list[str] = []
     samples: list[bytes] = []
     counts: Counter[str] = Counter()

@@ -16,10 +16,13 @@ import pyarrow.parquet as pq
 from tide_cache.canonical import canonical_json
 from tide_cache.errors import FormatError
 from tide_cache.manifest import Header
+from tide_cache.parquet_pages import check_groups
 from tide_cache.store import Store
 
 METADATA_KEY = b"tide_cache"
 ROWS_PER_GROUP = 256
+# What hostile bytes raise: a name in a footer that is not UTF-8 is a ValueError.
+_ARROW_ERRORS = (pa.ArrowException, OSError, ValueError, MemoryError)
 _ZSTD_LEVEL = 3
 _DICTIONARY_COLUMNS = ["source", "timestep"]
 
@@ -72,7 +75,19 @@ def column_bytes(metadata: pq.FileMetaData) -> dict[str, int]:
     return sizes
 
 
-def open_shard(store: Store, path: str) -> pq.ParquetFile:
+class ShardFile(pq.ParquetFile):  # type: ignore[misc]
+    """An open shard, with the file that it is read from."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__(file, page_checksum_verification=True)
+        self.file = file
+        # Read here, where what a footer says wrongly is turned into an error of ours.
+        self.schema_found = self.schema_arrow
+        groups = range(self.metadata.num_row_groups)
+        self.group_sizes = [self.metadata.row_group(group).num_rows for group in groups]
+
+
+def open_shard(store: Store, path: str) -> ShardFile:
     """Open a shard for reading by row group, with page checksums verified.
 
     Raises FormatError when it is truncated or not Parquet, StorageError when it is missing.
@@ -80,16 +95,22 @@ def open_shard(store: Store, path: str) -> pq.ParquetFile:
     return open_parquet(store.open(path), f"{store.url}/{path}", url=store.url)
 
 
-def open_parquet(file: BinaryIO, where: str, *, url: str) -> pq.ParquetFile:
+def open_parquet(file: BinaryIO, where: str, *, url: str) -> ShardFile:
     """Open a shard's bytes as `open_shard` does; closes `file` when they are no Parquet."""
     try:
-        return pq.ParquetFile(file, page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as error:
+        return ShardFile(file)
+    except _ARROW_ERRORS as error:
         file.close()
         raise FormatError(
             f"{where}: not a readable Parquet file ({_first_line(error)})",
             hint=f"run 'tide-cache verify {url}' to see what else is damaged",
         ) from error
+
+
+def group_sizes(num_rows: int) -> list[int]:
+    """Return the number of rows of each row group of a shard of so many rows."""
+    whole, rest = divmod(num_rows, ROWS_PER_GROUP)
+    return [ROWS_PER_GROUP] * whole + ([rest] if rest else [])
 
 
 def read_shard(store: Store, path: str, columns: list[str] | None = None) -> pa.Table:
@@ -101,25 +122,29 @@ def read_shard(store: Store, path: str, columns: list[str] | None = None) -> pa.
 def read_row_groups(
     store: Store,
     path: str,
-    file: pq.ParquetFile,
+    file: ShardFile,
     groups: list[int] | None,
     columns: list[str] | None = None,
 ) -> pa.Table:
-    """Read some row groups (None: all) of an open shard, naming the shard when a page is bad."""
+    """Read some row groups (None: all) of an open shard, naming the shard when a page is bad.
+
+    Raises FormatError, before it allocates anything, for pages that declare far more than there is.
+    """
+    if groups is None:
+        groups = list(range(file.num_row_groups))
     try:
-        if groups is None:
-            return file.read(columns=columns, use_threads=False)
+        check_groups(file.file, file.metadata, groups, columns)
         return file.read_row_groups(groups, columns=columns, use_threads=False)
-    except (pa.ArrowException, OSError) as error:
+    except (*_ARROW_ERRORS, FormatError) as error:
         raise FormatError(
             f"{store.url}/{path}: damaged data ({_first_line(error)})",
             hint=f"run 'tide-cache verify {store.url}' to see what else is damaged",
         ) from error
 
 
-def read_stamp(file: pq.ParquetFile, *, where: str) -> dict[str, Any]:
+def read_stamp(file: ShardFile, *, where: str) -> dict[str, Any]:
     """Return the `{header, task, view}` that a shard carries. Raises FormatError without one."""
-    metadata = file.schema_arrow.metadata or {}
+    metadata = file.schema_found.metadata or {}
     try:
         stamp = json.loads(metadata[METADATA_KEY])
         if isinstance(stamp, dict) and set(stamp) == {"header", "task", "view"}:

@@ -13,6 +13,7 @@ import logging
 import os
 import posixpath
 import re
+import stat
 import uuid
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from typing import Any, BinaryIO, cast
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from tide_cache.errors import ConfigError, MissingFileError, StorageError, TideError
+from tide_cache.errors import ConfigError, FormatError, MissingFileError, StorageError, TideError
 
 logger = logging.getLogger(__name__)
 _READ_BYTES = 1 << 22
@@ -75,6 +76,7 @@ class Store:
         Raises MissingFileError when it is not there, StorageError when nobody can say.
         """
         with self._explained(relative):
+            self._require_plain(relative)
             size_bytes = self._fs.size(self.path(relative))
             if size_bytes is None:
                 raise StorageError(f"{self._name(relative)}: the server does not say its size")
@@ -90,6 +92,8 @@ class Store:
                 if not self.exists(relative):
                     return []
                 self._fs.invalidate_cache()
+                if self.is_local:
+                    return _find_local(Path(self._root), relative)
                 found = self._fs.find(self.path(relative))
         except StorageError as error:
             if not self._is_http:
@@ -124,6 +128,7 @@ class Store:
         server that sends whole files only, the whole file is read into memory.
         """
         with self._explained(relative):
+            self._require_plain(relative)
             file = cast(BinaryIO, self._fs.open(self.path(relative), "rb"))
             if self._is_http and not _has_ranges(file):
                 file.close()
@@ -138,6 +143,7 @@ class Store:
         if self._is_http:
             options["size"] = size_bytes  # else it would be asked for
         with self._explained(relative):
+            self._require_plain(relative)
             return cast(BinaryIO, self._fs.open(self.path(relative), "rb", **options))
 
     def blocks(self, relative: str, size_bytes: int) -> Generator[bytes, None, None]:
@@ -148,9 +154,15 @@ class Store:
                 left -= len(block)
                 yield block
 
-    def read_bytes(self, relative: str) -> bytes:
-        """Read a whole file. Raises as `open`."""
+    def read_bytes(self, relative: str, *, max_bytes: int | None = None) -> bytes:
+        """Read a whole file. Raises as `open`; FormatError beyond `max_bytes`, reading no more."""
+        if max_bytes is not None and (not self.is_local or self.size_bytes(relative) > max_bytes):
+            data = b"".join(self.blocks(relative, max_bytes))
+            if len(data) > max_bytes:
+                raise FormatError(f"{self._name(relative)}: expected at most {max_bytes} bytes")
+            return data
         with self._explained(relative):
+            self._require_plain(relative)
             return bytes(self._fs.cat_file(self.path(relative)))
 
     def read_many(self, relatives: Sequence[str]) -> list[bytes]:
@@ -216,6 +228,26 @@ class Store:
                 None if hide else error
             )
 
+    def _require_plain(self, relative: str) -> None:
+        """Refuse, on a local disk, what is no plain file of this folder: links, pipes, devices.
+
+        A set from elsewhere could name with them what it does not hold, or what never ends.
+        """
+        if not self.is_local or not relative:
+            return
+        path = Path(self._root)
+        parts = Path(relative).parts
+        for part in parts:
+            path /= part
+            mode = path.lstat().st_mode
+            if stat.S_ISLNK(mode):
+                raise StorageError(
+                    f"{self._name(relative)}: a symbolic link, which sets have none of",
+                    hint="copy the set with its links followed: cp -rL",
+                )
+        if not stat.S_ISREG(mode):
+            raise StorageError(f"{self._name(relative)}: not a file")
+
     def _name(self, relative: str) -> str:
         return f"{self.url}/{relative}" if relative else self.url
 
@@ -249,6 +281,15 @@ def _file_system(address: str, protocol: str) -> tuple[Any, str]:
     except ValueError as error:
         raise ConfigError(f"{without_password(address)}: {error}") from error
     return fs, str(root)
+
+
+def _find_local(root: Path, relative: str) -> list[str]:
+    """Return all files below a folder; links are listed as files and never followed."""
+    found = []
+    for folder, folders, files in os.walk(root / relative):
+        links = [name for name in folders if (Path(folder) / name).is_symlink()]
+        found += [Path(folder, name).relative_to(root).as_posix() for name in (*files, *links)]
+    return sorted(found)
 
 
 def _has_ranges(file: BinaryIO) -> bool:

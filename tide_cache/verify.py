@@ -36,7 +36,7 @@ class Report:
 
     `num_shards` counts the shards that were checked, now or before (`num_shards_resumed`), and are
     the files that the manifest lists. `signature`: None where nobody asked, `good`, or what is
-    wrong with it.
+    wrong with it. `teacher_check`: what stage 1 found by asking the teacher again.
     """
 
     url: str
@@ -49,6 +49,7 @@ class Report:
     num_payload_entries: int = 0
     size_bytes: int = 0
     signature: str | None = None
+    teacher_check: dict[str, Any] | None = None
     problems: list[str] = field(default_factory=list)
 
     @property

@@ -23,6 +23,7 @@ from tide_cache.config import StrictModel
 from tide_cache.errors import CompatibilityError, MissingFileError, StorageError
 from tide_cache.manifest import (
     MANIFEST,
+    MAX_MANIFEST_BYTES,
     CacheHeader,
     CacheManifest,
     FileFacts,
@@ -336,7 +337,8 @@ def read_manifest(store: Store) -> Manifest:
             + (": the set is not finished" if unfinished else ": not a cache or premasked set"),
             hint="run the command that was making it again" if unfinished else None,
         )
-    return parse_manifest(store.read_bytes(MANIFEST), where=f"{store.url}/{MANIFEST}")
+    data = store.read_bytes(MANIFEST, max_bytes=MAX_MANIFEST_BYTES)
+    return parse_manifest(data, where=f"{store.url}/{MANIFEST}")
 
 
 def _known_to(mine: Any, present: Any) -> Any:

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from tide_cache.errors import DataError
 
+_HALF_MAX = torch.finfo(torch.float16).max
 _CODE_DTYPES = (torch.int16, torch.float32)
 
 
@@ -54,8 +55,13 @@ class ReplayHead:
         with torch.autocast(code_PR.device.type, enabled=False):
             component_PR = code_PR.float() * self.step
             hidden_PD = torch.addmm(self.mean_D, component_PR, self.synthesis_DR.T)
+            if self.weight_VD.dtype == torch.float16:  # the one type that a cache can overflow
+                hidden_PD = hidden_PD.clamp(-_HALF_MAX, _HALF_MAX)
             hidden_PD = hidden_PD.to(self.weight_VD.dtype)
-            return functional.linear(hidden_PD, self.weight_VD, self.bias_V).float()
+            logits_PV = functional.linear(hidden_PD, self.weight_VD, self.bias_V).float()
+            if self.weight_VD.dtype == torch.float16:
+                logits_PV.nan_to_num_(nan=0.0, posinf=_HALF_MAX, neginf=-_HALF_MAX)
+            return logits_PV
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

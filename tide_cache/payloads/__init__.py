@@ -5,7 +5,7 @@ Each payload has so many entries a row, which follow from the row alone (`num_en
 length never has to be believed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,14 @@ from tide_cache.payload_facts import (
     PayloadFacts,
     RankedFacts,
 )
-from tide_cache.payloads.candidates import CODEC_FILE, MEAN_LOGITS_TENSOR, RANKS_TENSOR
+from tide_cache.payloads.candidates import (
+    CODEC_FILE,
+    MAX_LOGIT,
+    MEAN_LOGITS_TENSOR,
+    RANKS_TENSOR,
+    Candidates,
+    check_masses,
+)
 from tide_cache.payloads.candidates_ranked import RankedCandidates, ranked_fields
 from tide_cache.payloads.candidates_raw import RawCandidates
 from tide_cache.payloads.chunks import RawChunks
@@ -38,6 +45,7 @@ from tide_cache.rows import AlignmentKind, PremaskedRow
 from tide_cache.store import Store
 
 CandidatesCodec = RawCandidates | RankedCandidates
+_CELLS_AT_ONCE = 1 << 22
 Codec = CandidatesCodec | RawChunks | HiddenCodec
 
 
@@ -127,7 +135,7 @@ def read_mean_logits(tensors: Tensors, facts: CandidatesFacts, *, where: str) ->
     mean_V = tensors.get(MEAN_LOGITS_TENSOR)
     if mean_V is None or mean_V.shape != (facts.vocab_size,) or mean_V.dtype != np.float32:
         raise FormatError(f"{where}: {MEAN_LOGITS_TENSOR}: expected float32 ({facts.vocab_size},)")
-    if not np.isfinite(mean_V).all():
+    if not (np.abs(mean_V) <= MAX_LOGIT).all():  # NaN is not, either
         raise FormatError(f"{where}: {MEAN_LOGITS_TENSOR}: expected finite numbers")
     return mean_V
 
@@ -140,25 +148,56 @@ def num_entries(row: PremaskedRow, alignment: AlignmentKind) -> int:
 
 
 def check_payloads(table: pa.Table, codecs: Codecs, num_entries_B: Int64Array) -> list[str]:
-    """Return a line for every row whose payloads do not decode within their bounds."""
+    """Return a line for every row whose payloads do not decode within their bounds.
+
+    A few rows at a time, so that what is decoded of a row group never lies in memory as a whole.
+    """
     problems = []
     for codec in codecs.present:
-        try:
-            codec.decode(table, num_entries_B)
-        except FormatError:
-            problems += _row_by_row(table, codec, num_entries_B)
+        for start, stop in _slices(num_entries_B * _width(codec)):
+            num_B = num_entries_B[start:stop]
+            try:
+                _check(codec, table.slice(start, stop - start), num_B)
+            except FormatError:
+                problems += _row_by_row(table.slice(start, stop - start), codec, num_B)
     return problems
+
+
+def _check(codec: Codec, table: pa.Table, num_entries_B: Int64Array) -> None:
+    found = codec.decode(table, num_entries_B)
+    if isinstance(found, Candidates):
+        assert isinstance(codec, RawCandidates | RankedCandidates)
+        check_masses(found, codec.facts)
 
 
 def _row_by_row(table: pa.Table, codec: Codec, num_entries_B: Int64Array) -> list[str]:
     problems = []
     for row in range(table.num_rows):
         try:
-            codec.decode(table.slice(row, 1), num_entries_B[row : row + 1])
+            _check(codec, table.slice(row, 1), num_entries_B[row : row + 1])
         except FormatError as error:
             sample, view = table["sample_id"][row], table["view"][row]
             problems.append(f"sample {sample} view {view}: {error.message}")
     return problems
+
+
+def _width(codec: Codec) -> int:
+    """Return how many numbers an entry has when it is decoded."""
+    if isinstance(codec, HiddenCodec):
+        return codec.facts.num_components
+    return 1 if isinstance(codec, RawChunks) else codec.facts.k
+
+
+def _slices(size_B: Int64Array) -> Iterator[tuple[int, int]]:
+    """Cut rows into runs of at most `_CELLS_AT_ONCE` numbers; a larger row stands alone."""
+    start = total = 0
+    for row, size in enumerate(size_B.tolist()):
+        if row > start and total + size > _CELLS_AT_ONCE:
+            yield start, row
+            start, total = row, 0
+        total += size
+    if start < len(size_B):
+        yield start, len(size_B)
 
 
 def _field_source(facts: PayloadFacts) -> list[pa.Field]:

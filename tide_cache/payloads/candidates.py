@@ -26,6 +26,8 @@ MEAN_LOGITS_TENSOR = "mean_logits"
 RANKS_TENSOR = "id_of_rank"
 # float32 rounding of a logsumexp over up to 2^24 terms, relative to its magnitude.
 LOGSUMEXP_SLACK = 1e-4
+# Beyond, sums and quotients by a temperature leave float32.
+MAX_LOGIT, _MAX_LOGSUMEXP = 1e30, 1e34
 # A stored logsumexp and the head's agree to a few float32 steps; a smaller tail is rounding noise.
 _RESOLUTION = 4 * float(np.finfo(np.float32).eps)
 
@@ -148,7 +150,9 @@ def check_candidates(candidates: Candidates, facts: CandidatesFacts) -> None:
     peak_P = logits_PK.max(axis=1)
     if not (peak_P < np.inf).all():
         raise FormatError("cand_logits: expected numbers or -inf")
-    if not np.isfinite(candidates.logsumexp_PT).all():
+    if not (peak_P <= MAX_LOGIT).all() or ((logits_PK < -MAX_LOGIT) & (logits_PK > -np.inf)).any():
+        raise FormatError(f"cand_logits: expected logits within {MAX_LOGIT:g}")
+    if not (np.abs(candidates.logsumexp_PT) <= _MAX_LOGSUMEXP).all():  # NaN is not, either
         raise FormatError("cand_logsumexp: expected finite numbers")
     label_P = candidates.label_logprob_P
     if not (label_P <= LOGSUMEXP_SLACK).all():
@@ -160,3 +164,42 @@ def check_candidates(candidates: Candidates, facts: CandidatesFacts) -> None:
         slack_PT = slack_PT + candidates.error_P[:, None] / np.asarray(facts.temperatures)
     if (candidates.logsumexp_PT < floor_PT - np.where(np.isfinite(slack_PT), slack_PT, 0)).any():
         raise FormatError("cand_logsumexp: below the largest stored logit")
+
+
+def check_masses(candidates: Candidates, facts: CandidatesFacts) -> None:
+    """Raise FormatError where a position's logsumexp cannot be that of its logits.
+
+    It is at least the stored logits', and at most theirs with all other ids as likely as the
+    least of them; a stored tail is what the two leave. Slower than what every reader checks, so for
+    `verify`.
+    """
+    if not candidates.num_positions:
+        return
+    logits_PK = candidates.logits_PK.astype(np.float64)
+    is_id_PK = candidates.ids_PK != NO_ID
+    num_others_P = facts.vocab_size - candidates.counts_P
+    least_P = np.where(is_id_PK, logits_PK, np.inf).min(axis=1)
+    error_P = np.zeros(len(least_P)) if candidates.error_P is None else candidates.error_P
+    for column, temperature in enumerate(facts.temperatures):
+        total_P = candidates.logsumexp_PT[:, column].astype(np.float64)
+        with np.errstate(divide="ignore"):
+            head_P = _logsumexp(logits_PK / temperature)
+            others_P = np.log(num_others_P) + least_P / temperature
+        slack_P = error_P / temperature + LOGSUMEXP_SLACK * np.maximum(1.0, np.abs(total_P))
+        if (total_P < head_P - slack_P).any():
+            raise FormatError("cand_logsumexp: below that of the stored logits")
+        if (total_P > np.logaddexp(head_P, others_P) + slack_P).any():
+            raise FormatError("cand_logsumexp: above what ids below the stored ones can add")
+        if candidates.tail_logshare_PT is not None:
+            tail_P = candidates.tail_logshare_PT[:, column].astype(np.float64)
+            with np.errstate(divide="ignore"):
+                left_P = total_P + np.log(-np.expm1(tail_P))
+            # Tails have 8 significant bits, so what they leave of a small head is known to 1%.
+            if not (np.abs(left_P - head_P) <= slack_P + 0.01).all():
+                raise FormatError("cand_tail: not what logits and logsumexp leave")
+
+
+def _logsumexp(values_PK: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    peak_P1 = values_PK.max(axis=1, keepdims=True)
+    anchor_P1 = np.where(np.isfinite(peak_P1), peak_P1, 0.0)
+    return np.asarray(anchor_P1[:, 0] + np.log(np.exp(values_PK - anchor_P1).sum(axis=1)))

@@ -21,6 +21,7 @@ import pyarrow as pa
 from tide_cache.errors import FormatError
 from tide_cache.payload_facts import RankedFacts
 from tide_cache.payloads.candidates import (
+    MAX_LOGIT,
     NO_ID,
     Candidates,
     Float32Array,
@@ -46,8 +47,9 @@ from tide_cache.payloads.flat import (
 CRC = "cand_crc32"
 # Significant bits. No loss reads the label; chunks hold it exactly.
 LOW_BITS, RANGE_BITS, TAIL_BITS, LABEL_BITS = 8, 8, 8, 4
+# Candidates that a position may lack take room when decoded: 2^28 take 3 GB.
+_MAX_CELLS = 1 << 28
 _PAD_KEY = np.uint32(0xFFFFFFFF)
-_MAX_LOGIT = 1e30
 # Rounding of low + code * step in float32, relative to its parts.
 _FLOAT_SLACK = 2.0**-21
 
@@ -117,6 +119,12 @@ class RankedCandidates:
         """
         num_positions, num_temperatures = int(num_positions_B.sum()), len(self.facts.temperatures)
         parts, counts_P = self._read_counts(table, num_positions_B)
+        if self._is_ragged and num_positions * self.facts.k > _MAX_CELLS:
+            raise FormatError(
+                f"cand_counts: {num_positions} positions of up to {self.facts.k} candidates: "
+                f"expected at most {_MAX_CELLS} in one batch",
+                hint="read fewer rows at a time",
+            )
         num_items_B = self._items_per_row(counts_P, num_positions_B)
         names = [f"cand_gaps_{plane}" for plane in range(self._num_planes)] + ["cand_codes"]
         parts += [
@@ -163,8 +171,8 @@ class RankedCandidates:
         finite_PK = np.isfinite(candidates.logits_PK)
         if len(counts_P) and not (finite_PK & is_id_PK).any(axis=1).all():
             raise FormatError("cand_logits: a position without a finite logit")
-        if (np.abs(np.where(finite_PK, candidates.logits_PK, 0.0)) > _MAX_LOGIT).any():
-            raise FormatError(f"cand_logits: expected logits within {_MAX_LOGIT:g}")
+        if (np.abs(np.where(finite_PK, candidates.logits_PK, 0.0)) > MAX_LOGIT).any():
+            raise FormatError(f"cand_logits: expected logits within {MAX_LOGIT:g}")
         return counts_P
 
     def _kept(self, counts_P: Int64Array) -> npt.NDArray[np.bool_] | slice:

@@ -39,6 +39,8 @@ CRC = "hidden_crc32"
 TRANSFORM_FILE = "codec/hidden.safetensors"
 HEAD_FILE = "codec/head.safetensors"
 NARROW_MAX, WIDE_MAX = 127, 32767
+# Their products, 2^16 of them in a sum, stay within float32 (3e38), divided by a temperature too.
+_MAX_HIDDEN, MAX_WEIGHT = 1e15, 1e12
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -69,11 +71,20 @@ class Transform:
                 )
             if not np.isfinite(tensor).all():
                 raise FormatError(f"{TRANSFORM_FILE}: {name}: expected finite numbers")
+        limit_R = limits(facts)
+        # Codes within their limits must not decode to infinity, nor their products with a head.
+        largest_D = np.abs(tensors["mean"], dtype=np.float64)
+        largest_D += np.abs(tensors["synthesis"], dtype=np.float64) @ (limit_R * facts.step)
+        if largest_D.max() > _MAX_HIDDEN:
+            raise FormatError(
+                f"{TRANSFORM_FILE}: synthesis: expected hidden states within {_MAX_HIDDEN:g}, got "
+                f"up to {largest_D.max():g}"
+            )
         return cls(
             analysis_RD=tensors["analysis"],
             synthesis_DR=tensors["synthesis"],
             mean_D=tensors["mean"],
-            limit_R=limits(facts),
+            limit_R=limit_R,
             step=facts.step,
         )
 
@@ -182,8 +193,8 @@ def read_head(
             continue
         if tensor is None or tensor.shape != shape or tensor.dtype.kind != "f":
             raise FormatError(f"{where}: {name}: expected floats of shape {shape}")
-        if not np.isfinite(tensor).all():
-            raise FormatError(f"{where}: {name}: expected finite numbers")
+        if not float(np.abs(tensor).max()) <= MAX_WEIGHT:  # NaN is not, either
+            raise FormatError(f"{where}: {name}: expected finite numbers within {MAX_WEIGHT:g}")
         found.append(tensor.astype(np.float32, copy=False))
     weight_VD, bias_V = found
     assert weight_VD is not None
