@@ -246,7 +246,9 @@ def test_two_ranks_learn_what_one_learns(workshop: Workshop, tmp_path: Path) -> 
     one, two = metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two")
     assert len(one) == len(two) == 8
     for alone, together in zip(one, two, strict=True):
-        for key, value in alone.items():
+        # A share of a step without a mask computes one token all the same.
+        for key in alone.keys() - {"num_computed", "padding"}:
+            value = alone[key]
             assert math.isclose(value, together[key], rel_tol=1e-4), (alone["step"], key)
 
 
