@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from stage1_teacher.calibrate import CalibrationPlan, plan_calibration
+from stage1_teacher.card_license import card_license
 from stage1_teacher.payload_config import BuildConfig, CandidatesConfig
 from stage1_teacher.settings import Setting
 from stage1_teacher.teachers.base import TeacherConfig, TeacherIdentity
@@ -91,7 +92,7 @@ def make_plan(
         "premasked_sha256": identity(manifest),
         "comp_demo": config.comp_demo,
         "teacher_model": _teacher_facts(teacher, head_rows, device or device_name(config.teacher)),
-        "build_config": config.model_dump(mode="json"),
+        "build_config": _recorded(config, checkpoint),
         "build_provenance": provenance.collect("tide-cache build", _packages(config.teacher)),
     }
     return BuildPlan(
@@ -105,6 +106,15 @@ def make_plan(
         calibration=calibration,
         has_chunks="chunks" in config.wanted(manifest.alignment),
     )
+
+
+def _recorded(config: BuildConfig, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the config as the header records it, with the licence that the model's card names."""
+    values = config.model_dump(mode="json")
+    license = values["teacher"].pop("license") or card_license(checkpoint.folder)
+    if license is not None:  # sets from before this key have none
+        values["teacher"]["license"] = license
+    return values
 
 
 def check_fit(

@@ -19,8 +19,9 @@ from typing import Any
 import datasets
 from datasets.packaged_modules.csv.csv import CsvConfig
 from datasets.packaged_modules.json.json import JsonConfig
-from huggingface_hub import DatasetCard, hf_hub_download
+from huggingface_hub import hf_hub_download
 
+from stage1_teacher.card_license import card_license
 from stage1_teacher.conversations import text_columns
 from stage1_teacher.mixture import SourceConfig, file_kind, is_hub_name
 from stage1_teacher.source_errors import empty_source, explained, missing_path, summary
@@ -115,7 +116,7 @@ def _open_saved(config: SourceConfig, path: Path, cache_dir: Path) -> OpenedData
         raise empty_source(config.path)  # `load_from_disk` cannot load what it saved here
     with explained(config.path, [], cache_dir):
         dataset = datasets.load_from_disk(str(folder))
-    return OpenedDataset(dataset=dataset, license=dataset.info.license or _card_license(path))
+    return OpenedDataset(dataset=dataset, license=dataset.info.license or card_license(path))
 
 
 def _open_folder(config: SourceConfig, path: Path, cache_dir: Path) -> OpenedDataset:
@@ -129,7 +130,7 @@ def _open_folder(config: SourceConfig, path: Path, cache_dir: Path) -> OpenedDat
             builder = datasets.load_dataset_builder(str(path), **arguments, **options)
     _warn_of_unread(config, path, builder)
     dataset = _prepared(config, builder, _files_of(builder), cache_dir)
-    return OpenedDataset(dataset=dataset, license=builder.info.license or _card_license(path))
+    return OpenedDataset(dataset=dataset, license=builder.info.license or card_license(path))
 
 
 def _open_hub(config: SourceConfig, path: Path, cache_dir: Path) -> OpenedDataset:
@@ -206,21 +207,7 @@ def _hub_license(config: SourceConfig) -> str | None:
     except (OSError, ValueError) as error:  # all of the hub's errors are one of these
         logger.debug("%s: no dataset card (%s)", config.path, summary(error))
         return None
-    return _card_license(Path(card).parent)
-
-
-def _card_license(folder: Path) -> str | None:
-    card = folder / "README.md"
-    if not card.is_file():
-        return None
-    try:
-        licenses = DatasetCard.load(card, ignore_metadata_errors=True).data.get("license")
-    except (ValueError, TypeError) as error:
-        logger.warning("%s: the YAML block cannot be read: %s", card, summary(error))
-        return None
-    if isinstance(licenses, list):
-        return ", ".join(str(entry) for entry in licenses) or None
-    return str(licenses) if licenses else None
+    return card_license(Path(card).parent)
 
 
 @contextmanager

@@ -106,7 +106,7 @@ def _contents(manifest: Manifest) -> list[str]:
         lines += [
             f"- teacher: {_code(teacher.name)} ({_words(revision)}, weights "
             f"{_code(teacher.weights_sha256[:12])}, {_words(teacher.dtype)}, "
-            f"{_words(teacher.attention)} attention); its licence is that model's own",
+            f"{_words(teacher.attention)} attention), licence {_words(teacher_license(manifest))}",
             f"- payloads: {payloads}",
             *[f"- fidelity: {_words(describe_fidelity(facts))}" for facts in manifest.fidelity],
         ]
@@ -116,6 +116,13 @@ def _contents(manifest: Manifest) -> list[str]:
         f"- {counts.get('num_samples', 0)} samples, {manifest.num_views} views each, "
         f"{counts.get('num_masked_positions', 0)} masked positions",
     ]
+
+
+def teacher_license(manifest: CacheManifest) -> str:
+    """Return the licence of the teacher's weights, as the build's config records it."""
+    recorded = manifest.build_config.get("teacher")
+    license = recorded.get("license") if isinstance(recorded, dict) else None
+    return license if isinstance(license, str) else "not recorded (that model's own)"
 
 
 def _origins(manifest: Manifest) -> list[str]:

@@ -58,6 +58,10 @@ class TeacherConfig(StrictModel):
 
     model: str = Field(description="Folder of a checkpoint, or its name on the Hugging Face Hub.")
     revision: str | None = Field(None, description="Commit, tag or branch of a hub checkpoint.")
+    license: str | None = Field(
+        None,
+        description="Of the weights, for the cache's card; default: what the model's own says.",
+    )
     backend: Literal["hf", "vllm"] = Field(
         "hf", description="Engine that runs the teacher: transformers, or vLLM (pip extra vllm)."
     )

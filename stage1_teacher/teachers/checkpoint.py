@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 TOKENIZER_NAMES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
-_DESCRIBING = ["*.json", "*.txt", "*.model", "*.jinja"]
+_DESCRIBING = ["*.json", "*.txt", "*.model", "*.jinja", "README.md"]
 _DOWNLOADED = ["*.safetensors", *_DESCRIBING]
 
 
