@@ -149,7 +149,7 @@ def read_stamp(file: ShardFile, *, where: str) -> dict[str, Any]:
         stamp = json.loads(metadata[METADATA_KEY])
         if isinstance(stamp, dict) and set(stamp) == {"header", "task", "view"}:
             return stamp
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, RecursionError):
         pass
     raise FormatError(f"{where}: no tide_cache metadata: not a shard of this format")
 

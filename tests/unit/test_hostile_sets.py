@@ -21,7 +21,7 @@ from tests.unit.test_verify import edit_manifest
 from tide_cache.cache import open_cache
 from tide_cache.errors import FormatError, StorageError, TideError, printable
 from tide_cache.rows import rows_to_table
-from tide_cache.shards import read_shard
+from tide_cache.shards import METADATA_KEY, read_shard, table_bytes
 from tide_cache.store import Store
 from tide_cache.verify import verify_set
 from tide_cache.writer import SetWriter
@@ -222,6 +222,14 @@ def test_another_schema_is_refused_before_it_is_read(folder: Path) -> None:
     with pytest.raises(FormatError, match="schema: expected"):
         open_cache(folder).read_rows(0, [0])
     assert "schema: expected" in verify_set(Store(folder)).problems[0]
+
+
+@pytest.mark.parametrize("stamp", [b"[" * 100_000, b'{"header": []}', b"\xff", b"null"])
+def test_a_stamp_that_is_none_is_refused(folder: Path, stamp: bytes) -> None:
+    table = read_shard(Store(folder), SHARD).replace_schema_metadata({METADATA_KEY: stamp})
+    (folder / SHARD).write_bytes(table_bytes(table))
+    rehash(folder)
+    assert "no tide_cache metadata" in verify_set(Store(folder)).problems[0]
 
 
 def test_other_row_groups_are_refused(folder: Path) -> None:
