@@ -216,6 +216,7 @@ def write_cache(
     codec_version: Literal[1, 2] = 2,
     spoil: Spoil = lambda _column, cell: cell,
     reseal: bool = False,
+    comp_demo: bool = True,
 ) -> Manifest:
     """Write the cache of a premasked set, its payloads under the codec `raw`.
 
@@ -236,7 +237,7 @@ def write_cache(
     chosen = tuple(known[name] for name in payloads)
     alignment = source.manifest.alignment
     store = Store(folder)
-    header = cache_header(source.manifest, source.identity, chosen)
+    header = cache_header(source.manifest, source.identity, chosen, comp_demo=comp_demo)
     writer = SetWriter(store, header)
     writer.begin()
     codec_files = []
@@ -306,7 +307,11 @@ def end_to_end(answers: list[Candidates]) -> Candidates:
 
 
 def cache_header(
-    manifest: Manifest, identity: str, payloads: tuple[PayloadFacts, ...]
+    manifest: Manifest,
+    identity: str,
+    payloads: tuple[PayloadFacts, ...],
+    *,
+    comp_demo: bool = True,
 ) -> CacheHeader:
     common = {
         name: getattr(manifest, name)
@@ -316,7 +321,7 @@ def cache_header(
     return CacheHeader(
         **common,
         premasked_sha256=identity,
-        comp_demo=True,
+        comp_demo=comp_demo,
         teacher_model=TeacherFacts(
             name="random",
             revision=None,

@@ -151,6 +151,13 @@ def inspect(
     tokenizer: Annotated[
         Path | None, typer.Option(help="With --html: the student's tokenizer.json, for text.")
     ] = None,
+    beside: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="With --html: another cache of the premasked set, to draw its teacher beside.",
+        ),
+    ] = None,
 ) -> None:
     """Show what a set is: recipe, sizes, teacher, payloads, provenance.
 
@@ -161,9 +168,11 @@ def inspect(
     tide-cache inspect s3://lab/cache --json
 
     tide-cache inspect runs/cache --html report.html --tokenizer student/tokenizer.json
+
+    tide-cache inspect runs/cache --html report.html --beside runs/cache-without-comp-demo
     """
     if html is not None:
-        write_report(url, html, tokenizer)
+        write_report(url, html, tokenizer, beside=beside)
         Console(soft_wrap=True).print(f"wrote {html}", markup=False, highlight=False)
         return
     facts = summary(read_manifest(Store(url)), url=url)

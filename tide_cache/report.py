@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tide_cache.cache import open_cache
+from tide_cache.cache import Cache, open_cache
 from tide_cache.errors import CompatibilityError, ConfigError, StorageError
 from tide_cache.manifest import TokenizerFacts
 from tide_cache.report_data import ReportData, gather, token_names
@@ -12,18 +12,22 @@ from tide_cache.report_page import page
 from tide_cache.tokenizer_hash import tokenizer_sha256
 
 
-def write_report(url: str, path: Path, tokenizer: Path | None) -> None:
+def write_report(
+    url: str, path: Path, tokenizer: Path | None, *, beside: str | None = None
+) -> None:
     """Write the page of the set at `url` to `path`.
 
-    `tokenizer`: the student's tokenizer.json, or a folder with one. Raises CompatibilityError when
-    it is another tokenizer's, FormatError or DataError for rows that are not sound.
+    `tokenizer`: the student's tokenizer.json, or a folder with one. `beside`: a cache of the same
+    premasked set whose teacher is drawn beside this one's. Raises CompatibilityError when either is
+    of another set, FormatError or DataError for rows that are not sound.
     """
     cache = open_cache(url)
     try:
         known = None if tokenizer is None else _open_tokenizer(tokenizer, cache.manifest.student)
         data = gather(cache)
         names = None if known is None else token_names(known, _ids(data))
-        text = page(cache, data, names=names)
+        other = None if beside is None else _gather_beside(beside, cache)
+        text = page(cache, data, names=names, beside=other)
     finally:
         cache.close()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -34,6 +38,20 @@ def write_report(url: str, path: Path, tokenizer: Path | None) -> None:
         raise StorageError(f"{path}: cannot write: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _gather_beside(url: str, cache: Cache) -> ReportData:
+    other = open_cache(url)
+    try:
+        ours, theirs = (getattr(each.manifest, "premasked_sha256", None) for each in (cache, other))
+        if ours is None or ours != theirs:
+            raise CompatibilityError(
+                f"{url}: not a cache of the premasked set of {cache.url}",
+                hint="build it from the same premasked set, for instance with comp_demo=false",
+            )
+        return gather(other)
+    finally:
+        other.close()
 
 
 def _ids(data: ReportData) -> set[int]:

@@ -70,8 +70,9 @@ class ShownRow:
 
 @dataclass(kw_only=True, slots=True)
 class ReportData:
-    """Everything that a report draws."""
+    """Everything that a report draws. `sight`: what the teacher saw of the masked tokens."""
 
+    sight: str = ""
     num_rows: int = 0
     num_positions: int = 0
     num_chunks: int = 0
@@ -99,6 +100,7 @@ def gather(cache: Cache, *, max_rows: int = 2048, num_shown: int = 3) -> ReportD
     codecs = Codecs()
     if isinstance(manifest, CacheManifest):
         codecs = open_codecs(cache.store, manifest)
+        data.sight = "other half revealed" if manifest.comp_demo else "all masks hidden"
     if codecs.candidates is not None:
         temperatures = codecs.candidates.facts.temperatures
         data.temperature = min(temperatures, key=lambda t: abs(np.log(t)))

@@ -24,8 +24,17 @@ _PACKAGE = "tide_cache"
 _RESOLUTION = 1e-6
 
 
-def page(cache: Cache, data: ReportData, *, names: Mapping[int, str] | None = None) -> str:
-    """Return the page as HTML. `names` holds the text of ids, where a tokenizer is at hand."""
+def page(
+    cache: Cache,
+    data: ReportData,
+    *,
+    names: Mapping[int, str] | None = None,
+    beside: ReportData | None = None,
+) -> str:
+    """Return the page as HTML. `names` holds the text of ids, where a tokenizer is at hand.
+
+    `beside`: another set whose teacher's curves are drawn beside this one's.
+    """
     facts = summary(cache.manifest, url=cache.url)
     style = (resources.files(_PACKAGE) / "report.css").read_text(encoding="utf-8")
     script = (resources.files(_PACKAGE) / "report.js").read_text(encoding="utf-8")
@@ -38,7 +47,7 @@ def page(cache: Cache, data: ReportData, *, names: Mapping[int, str] | None = No
     sections = [
         _section("Recipe", _facts(lines(facts)), kind="wide"),
         *_fidelity(facts),
-        *_plots(data),
+        *_plots(data, beside),
         *_rows(data, names, cache.manifest.student.mask_token_id),
     ]
     return (
@@ -92,17 +101,18 @@ def _fidelity(facts: dict[str, Any]) -> list[str]:
     return found
 
 
-def _plots(data: ReportData) -> list[str]:
+def _plots(data: ReportData, beside: ReportData | None) -> list[str]:
     found = []
+    drawn = [data] if beside is None else [data, beside]
     if data.num_positions:
-        found += _candidate_plots(data)
+        found += _candidate_plots(data, drawn)
     if data.num_chunks:
         chart = line_chart(
-            [Series(name="p(true chunk)", points=data.chunk_prob.points())],
+            _lines(drawn, ("p(true chunk)", "chunk_prob")),
             x_label="timestep (masked fraction)",
             y_label="mean p(true chunk)",
         )
-        note = f"{data.num_chunks:,} active chunks; temperature 1."
+        note = f"{data.num_chunks:,} active chunks, {data.sight}; temperature 1."
         found.append(_section("Chunk probability", chart, note=note))
     if any(data.chunk_lengths):
         found.append(_section("Chunk lengths", _chunk_lengths(data), note="Tokens of a chunk."))
@@ -118,19 +128,30 @@ def _plots(data: ReportData) -> list[str]:
     return found
 
 
-def _candidate_plots(data: ReportData) -> list[str]:
+def _lines(drawn: Sequence[ReportData], *quantities: tuple[str, str]) -> list[Series]:
+    """Return a line for each set and each (name, field of ReportData)."""
+    found = []
+    for data in drawn:
+        for name, field in quantities:
+            points = getattr(data, field).points()
+            if points:
+                shown = f"{name}, {data.sight}" if len(drawn) > 1 else name
+                found.append(Series(name=shown, points=points))
+    return found
+
+
+def _candidate_plots(data: ReportData, drawn: Sequence[ReportData]) -> list[str]:
     time = "timestep (masked fraction)"
     accuracy = line_chart(
-        [
-            Series(name="most likely id is the true one", points=data.accuracy.points()),
-            Series(name="mean p(true id)", points=data.label_prob.points()),
-        ],
+        _lines(
+            drawn,
+            ("most likely id is the true one", "accuracy"),
+            ("mean p(true id)", "label_prob"),
+        ),
         x_label=time,
         y_label="share",
     )
-    entropy = line_chart(
-        [Series(name="entropy", points=data.entropy.points())], x_label=time, y_label="nats"
-    )
+    entropy = line_chart(_lines(drawn, ("entropy", "entropy")), x_label=time, y_label="nats")
     tail = line_chart(
         [
             Series(name=f"T = {temperature:g}", points=_thinned(points))
@@ -143,7 +164,7 @@ def _candidate_plots(data: ReportData) -> list[str]:
     )
     of = f"{data.num_positions:,} masked positions"
     return [
-        _section("Teacher accuracy", accuracy, note=f"{of}."),
+        _section("Teacher accuracy", accuracy, note=f"{of}, {data.sight}."),
         _section(
             "Teacher entropy",
             entropy,

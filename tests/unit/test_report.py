@@ -206,6 +206,31 @@ def test_a_row_that_is_not_sound_makes_no_page(workshop: Workshop, tmp_path: Pat
     assert not (tmp_path / "r.html").exists()
 
 
+def test_two_caches_of_one_set_are_drawn_beside_each_other(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    """With the other half revealed, and without: two lines a plot, the second set's its own."""
+    write_cache(tmp_path / "without", workshop.premasked, k=9, comp_demo=False)
+    alone = written(workshop.cache, tmp_path / "alone.html")
+    assert "masked positions, other half revealed." in alone
+    assert "all masks hidden" not in alone
+    write_report(
+        str(workshop.cache), tmp_path / "both.html", None, beside=str(tmp_path / "without")
+    )
+    both = (tmp_path / "both.html").read_text(encoding="utf-8")
+    for line in ("most likely id is the true one", "mean p(true id)", "entropy"):
+        for sight in ("other half revealed", "all masks hidden"):
+            assert f"{line}, {sight}" in both
+    assert both.count("<polyline") == alone.count("<polyline") + 3
+    write_premasked(tmp_path / "p", workshop.tokenizer, SetShape(num_samples=5))
+    write_cache(tmp_path / "other", tmp_path / "p")
+    with pytest.raises(CompatibilityError, match="other: not a cache of the premasked set of"):
+        write_report(
+            str(workshop.cache), tmp_path / "no.html", None, beside=str(tmp_path / "other")
+        )
+    assert not (tmp_path / "no.html").exists()
+
+
 def test_the_command(workshop: Workshop, tmp_path: Path) -> None:
     done = run_command("inspect", workshop.cache, "--html", tmp_path / "r.html")
     assert done.returncode == 0, done.stderr
