@@ -112,8 +112,11 @@ def _recorded(config: BuildConfig, checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the config as the header records it, with the licence that the model's card names."""
     values = config.model_dump(mode="json")
     license = values["teacher"].pop("license") or card_license(checkpoint.folder)
-    if license is not None:  # sets from before this key have none
+    # Sets from before these keys have none.
+    if license is not None:
         values["teacher"]["license"] = license
+    if config.codec_from is None:
+        del values["codec_from"]
     return values
 
 

@@ -10,11 +10,13 @@ teacher, set and config: what another build left half done is refused, never tak
 import gc
 import json
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from pydantic import ValidationError
 
+from stage1_teacher.borrowed_codecs import borrow_codecs
 from stage1_teacher.build_plan import BuildPlan
 from stage1_teacher.calibrate import (
     Calibration,
@@ -74,7 +76,11 @@ def ensure_record(
     with one_for_all(store, TURNS, lambda: store.exists(RECORD)) as is_mine:
         if not is_mine:
             return _read(store, key)
-        record = _calibrate(plan, plan.calibration, premasked, store, on_slice)
+        if plan.config.codec_from is not None:
+            payloads, data_of = borrow_codecs(plan, plan.config.codec_from)
+            record = _publish(store, plan, payloads, (), data_of)
+        else:
+            record = _calibrate(plan, plan.calibration, premasked, store, on_slice)
     # The workers, or an engine that measures what is free, need the memory of this teacher.
     gc.collect()
     if torch.cuda.is_available():
@@ -101,10 +107,26 @@ def publish_record(store: Store, plan: BuildPlan, found: Calibration) -> Calibra
     Raises CompatibilityError where another build began here, StorageError where codec files lie
     about that nobody claims.
     """
+    return _publish(
+        store,
+        plan,
+        plan.with_chunks(found.chosen.payloads),
+        found.fidelity(),
+        codec_files(found.chosen, found.fit),
+    )
+
+
+def _publish(
+    store: Store,
+    plan: BuildPlan,
+    payloads: tuple[PayloadFacts, ...],
+    fidelity: tuple[FidelityFacts, ...],
+    data_of: Mapping[str, bytes],
+) -> CalibrationRecord:
     key = record_key(plan)
     is_first = _claim(store, key)
     files = []
-    for path, data in sorted(codec_files(found.chosen, found.fit).items()):
+    for path, data in sorted(data_of.items()):
         if not store.publish(path, data):
             present = store.read_bytes(path)
             if is_first and present != data:
@@ -118,8 +140,8 @@ def publish_record(store: Store, plan: BuildPlan, found: Calibration) -> Calibra
         files.append(FileFacts(path=path, size_bytes=len(data), sha256=sha256_hex(data)))
     record = CalibrationRecord(
         key=key,
-        payloads=plan.with_chunks(found.chosen.payloads),
-        fidelity=found.fidelity(),
+        payloads=payloads,
+        fidelity=fidelity,
         files=tuple(files),
     )
     store.publish(RECORD, canonical_json(record.model_dump(mode="json")))

@@ -109,6 +109,11 @@ class BuildConfig(StrictModel):
         description="Checkpoint of a block-diffusion student against whose logits fidelity is "
         "measured; default: the teacher, noised.",
     )
+    codec_from: str | None = Field(
+        None,
+        description="Folder or URL of a finished cache of this teacher whose codecs are taken "
+        "instead of being fitted: what tide-cache merge needs to make one set of both.",
+    )
     candidates: CandidatesConfig = CandidatesConfig()
     hidden: HiddenConfig = HiddenConfig()
     comp_demo: bool = Field(
