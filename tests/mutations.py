@@ -292,8 +292,9 @@ def _byte(chance: random.Random) -> int:
 
 
 def _damage(path: Path, chance: random.Random) -> str:
-    """Change, remove or add a few bytes."""
-    data = bytearray(path.read_bytes())
+    """Change, remove or add a few bytes; what comes out is never what was there."""
+    before = path.read_bytes()
+    data = bytearray(before)
     places = []
     for _ in range(chance.choice([1, 1, 2, 8])):
         at = chance.randrange(len(data))
@@ -307,6 +308,8 @@ def _damage(path: Path, chance: random.Random) -> str:
             del data[at]
         else:
             data.insert(at, _byte(chance))
+    if data == before:
+        data[places[0]] ^= 1
     path.write_bytes(data)
     return f"{path.name} at {places}"
 

@@ -1,11 +1,13 @@
 """Push and pull through real servers on loopback: what is sent and kept, kills at any moment."""
 
 import json
+import random
 import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -159,6 +161,46 @@ def test_a_killed_pull_goes_on(
     assert_same_files(folder, workshop.cache)
     report = verify_set(Store(folder))
     assert report.ok, report.problems
+
+
+@pytest.mark.slow
+def test_push_pull_verify_train_killed_at_random(
+    workshop: Workshop, bucket: str, tmp_path: Path
+) -> None:
+    """Through S3, and from there through a web server, whatever moment a kill comes at."""
+    seed = time.time_ns()
+    print(f"seed {seed}")
+    draw = random.Random(seed)
+    url = f"{bucket}/random"
+    run_in_pieces(("push", workshop.cache, url), draw)
+    assert fetched(url) == all_files(workshop.cache)
+    run_in_pieces(("pull", url, tmp_path / "from-s3"), draw)
+    assert_same_files(tmp_path / "from-s3", workshop.cache)
+    with web_server(tmp_path / "from-s3", tmp_path / "requests.log") as server:
+        run_in_pieces(("pull", server.url, tmp_path / "from-http"), draw)
+    losses = []
+    for cache in (workshop.cache, tmp_path / "from-http"):
+        assert run_command("verify", cache).returncode == 0
+        output = tmp_path / f"run-{len(losses)}"
+        values = workshop.config(output=str(output), max_steps=8, checkpoints={"every": 20})
+        cli.train(write_yaml(tmp_path / "c.yaml", values), [str(cache)], resume="never")
+        lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+        losses.append([line["loss"] for line in lines if "loss" in line])
+    assert len(losses[0]) == 8
+    assert losses[0] == losses[1]
+
+
+def run_in_pieces(arguments: tuple[str | Path, ...], draw: random.Random) -> None:
+    """Run a command again and again, killed at random moments, and once to its end."""
+    for _ in range(6):
+        moment_s = time.monotonic() + draw.uniform(0.3, 3.0)
+        kill_when(arguments, partial(is_past, moment_s))
+    done = run_command(*arguments)
+    assert done.returncode == 0, done.stderr
+
+
+def is_past(moment_s: float) -> bool:
+    return time.monotonic() > moment_s
 
 
 def kill_when(arguments: tuple[str | Path, ...], is_time: Callable[[], bool]) -> None:

@@ -15,18 +15,28 @@ import pandas as pd
 import pytest
 
 from tests import independent_reader
+from tests.cache_builders import (
+    SetShape,
+    numbered_from,
+    save_tokenizer,
+    write_cache,
+    write_premasked,
+)
 from tests.payload_caches import PAYLOADS, make_cache
 from tests.support import PROJECT_ROOT
 from tide_cache.cache import Cache, open_cache
 from tide_cache.codec_files import read_tensors
 from tide_cache.manifest import CacheManifest
+from tide_cache.merge import merge, plan_merge
+from tide_cache.part import plan_part, pull_part
 from tide_cache.payloads import num_entries, open_codecs
 from tide_cache.payloads.candidates import NO_ID
 from tide_cache.payloads.hidden import HEAD_FILE, TRANSFORM_FILE, Transform, read_head
 from tide_cache.rows import PremaskedRow, table_to_rows
+from tide_cache.store import Store
 
 FORMAT_1 = PROJECT_ROOT / "tests/data/format-1"
-SETS = [*PAYLOADS, "format-1/positions", "format-1/chunks"]
+SETS = [*PAYLOADS, "format-1/positions", "format-1/chunks", "merged", "part"]
 
 
 @pytest.fixture(scope="module", params=SETS)
@@ -34,8 +44,36 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     if request.param.startswith("format-1/"):
         return FORMAT_1.parent / request.param / "cache"
     cache = tmp_path_factory.mktemp("caches") / "cache"
+    if request.param == "part":
+        make_cache(cache.with_name("whole"), next(iter(PAYLOADS)))
+        return pulled_part(cache.with_name("whole"), cache)
+    if request.param == "merged":
+        return merged(cache)
     make_cache(cache, request.param)
     return cache
+
+
+def pulled_part(whole: Path, folder: Path) -> Path:
+    """The second view of a set, numbered anew: format 3."""
+    plan = plan_part(open_cache(whole).manifest, views=[1], payloads=None)
+    pull_part(plan, Store(whole), Store(folder))
+    return folder
+
+
+def merged(folder: Path) -> Path:
+    """Two sets over different samples as one: format 3."""
+    save_tokenizer(folder.with_name("tokenizer"))
+    urls = []
+    for number in range(2):
+        premasked, cache = (folder.with_name(f"{kind}-{number}") for kind in ("p", "c"))
+        shape = SetShape(num_samples=9 + number, samples_per_task=4)
+        write_premasked(
+            premasked, folder.with_name("tokenizer"), shape, change=numbered_from(100 * number)
+        )
+        write_cache(cache, premasked, k=7, mean_logits=True)
+        urls.append(str(cache))
+    merge(plan_merge(urls), Store(folder))
+    return folder
 
 
 def test_it_is_short_and_knows_nothing_of_the_program() -> None:
