@@ -134,6 +134,8 @@ def sign(
 
     openssl ec -in key.pem -pubout -out key.pub
 
+    Keyless signatures (Sigstore) are model-signing's own: 'model_signing sign sigstore FOLDER'.
+
     [bold]Examples[/bold]
 
     tide-cache sign runs/cache --private-key key.pem
