@@ -93,7 +93,12 @@ def train(
     try:
         trainer = Trainer(run, point, progress or NoProgress())
         summary = trainer.train()
-        trainer.accelerator.end_training()
+        accelerator = trainer.accelerator
+        # Whatever exchanges gradients must go before the process group does: as the last that holds
+        # the group it would join the group's threads while they wait for the interpreter.
+        del trainer
+        accelerator.free_memory()
+        accelerator.end_training()
         return summary
     finally:
         run.close()
