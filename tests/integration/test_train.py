@@ -241,6 +241,7 @@ def test_two_ranks_learn_what_one_learns(workshop: Workshop, tmp_path: Path) -> 
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         check=True,
+        timeout=240,
     )
     assert json.loads(result.stdout)["steps"] == 8  # one rank speaks
     one, two = metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two")
