@@ -20,9 +20,9 @@ from benchmarks.published_step import Material, RowBatch
 from stage2_student.aligned_rows import NoisedRows
 from stage2_student.attention import attention_implementation
 from stage2_student.batches import Batch, InputForm, assemble
-from stage2_student.fused import TableGradient, plan_slices
+from stage2_student.forward import batch_losses
 from stage2_student.losses import HiddenRows, ReplayHead, TeacherCandidates
-from stage2_student.objective import Losses, Objective
+from stage2_student.objective import Objective
 from stage2_student.objective_config import ObjectiveConfig
 from stage2_student.student import Student
 from stage2_student.teacher_rows import ChunkTargets, TeacherRows
@@ -61,36 +61,22 @@ class CachedStep:
     def forward_backward(self) -> Tensor:
         """Do the forward and backward of one step, from a batch on the host."""
         material, model = self.material, self._student.model
-        slices = plan_slices(self.batch, len(self._student.head_VD))
-        denominators = self._objective.denominators(self.batch)
-        batch = self.batch.to(material.device)
-
-        def head_losses(hidden_PD: Tensor, head_VD: Tensor, table: TableGradient | None) -> Losses:
-            return self._objective(
-                hidden_PD,
-                head_VD,
-                batch,
-                denominators,
-                progress=0.5,
-                slices=slices,
-                table=table,
-            )
-
         before = model.config._attn_implementation
         model.set_attn_implementation(self._attention)
         try:
             with torch.autocast(material.device.type, torch.bfloat16, enabled=material.autocast):
-                losses = self._student(
-                    batch.input_ids_1N,
-                    batch.position_ids_1N,
-                    batch.attention_mask,
-                    batch.masked_index_P,
-                    head_losses,
+                losses, _ = batch_losses(
+                    self._student,
+                    self.batch,
+                    self._objective,
+                    num_ids=len(self._student.head_VD),
+                    device=material.device,
+                    progress=0.5,
                 )
-            losses.total.backward()
+            losses.total.backward()  # type: ignore[no-untyped-call]
         finally:
             model.set_attn_implementation(before)
-        return losses.total.detach()  # type: ignore[no-any-return]
+        return losses.total.detach()
 
     def update(self) -> None:
         """Do the optimiser's part."""

@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import Tensor
 
 from stage1_teacher.hidden_fit import DeviceTransform, Head
 from stage1_teacher.questions import as_candidates
@@ -34,9 +33,9 @@ from stage1_teacher.teachers.base import Scores, ScoreSpec
 from stage2_student.aligned_rows import NoisedRows
 from stage2_student.attention import BY_ROWS
 from stage2_student.batches import Batch, InputForm, assemble
-from stage2_student.fused import TableGradient, plan_slices
+from stage2_student.forward import batch_losses
 from stage2_student.losses import HiddenRows, ReplayHead, TeacherCandidates
-from stage2_student.objective import Losses, Objective
+from stage2_student.objective import Objective
 from stage2_student.objective_config import ObjectiveConfig
 from stage2_student.optimizer import OptimizerConfig, make_optimizer
 from stage2_student.student import Student
@@ -202,30 +201,16 @@ class Step:
             chunks=None,
         )
         batch = replace(self.batch, teacher=answers)
-        slices = plan_slices(batch, len(self.student.head_VD))
-        batch = batch.to(self.device)
-        denominators = self.objective.denominators(batch)
-
-        def head_losses(hidden_PD: Tensor, head_VD: Tensor, table: TableGradient | None) -> Losses:
-            return self.objective(
-                hidden_PD,
-                head_VD,
-                batch,
-                denominators,
-                progress=0.5,
-                slices=slices,
-                table=table,
-            )
-
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            losses = self.student(
-                batch.input_ids_1N,
-                batch.position_ids_1N,
-                batch.attention_mask,
-                batch.masked_index_P,
-                head_losses,
+            losses, _ = batch_losses(
+                self.student,
+                batch,
+                self.objective,
+                num_ids=len(self.student.head_VD),
+                device=self.device,
+                progress=0.5,
             )
-        losses.total.backward()
+        losses.total.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.optimizer.zero_grad()
         _wait(self.device)

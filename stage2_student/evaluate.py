@@ -20,7 +20,7 @@ from torch import Tensor
 from stage2_student.attention import BY_ROWS
 from stage2_student.batches import Batch, BatchReader, InputForm
 from stage2_student.compatibility import candidates_reading
-from stage2_student.fused import TableGradient, Values, plan_slices
+from stage2_student.forward import batch_losses
 from stage2_student.insight import NUM_BUCKETS, bucket_name, bucket_of
 from stage2_student.objective import Objective
 from stage2_student.objective_config import ObjectiveConfig
@@ -125,21 +125,15 @@ def _measure(student: Student, batch: Batch) -> tuple[Tensor, Tensor | None, Ten
     has_candidates = batch.teacher.candidates is not None
     losses = {"ce": 1.0, "kl": 1.0} if has_candidates else {"ce": 1.0}
     objective = Objective(ObjectiveConfig(losses=losses, temperature=1.0))
-    slices = plan_slices(batch, len(student.head_VD))
-    batch = batch.to(student.head_VD.device)
-    denominators = objective.denominators(batch)
-
-    def values_of(hidden_PD: Tensor, head_VD: Tensor, _table: TableGradient | None) -> Values:
-        losses = objective(hidden_PD, head_VD, batch, denominators, progress=0.0, slices=slices)
-        return losses.values
-
-    values = student(
-        batch.input_ids_1N,
-        batch.position_ids_1N,
-        batch.attention_mask,
-        batch.masked_index_P,
-        values_of,
+    losses_of_batch, batch = batch_losses(
+        student,
+        batch,
+        objective,
+        num_ids=len(student.head_VD),
+        device=student.head_VD.device,
+        progress=0.0,
     )
+    values = losses_of_batch.values
     chunks, chunk_kl_C = batch.teacher.chunks, None
     if chunks is not None and values.logprob_C is not None:
         chunk_kl_C = binary_kl(chunks.logprob_C, values.logprob_C)

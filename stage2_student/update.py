@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from stage2_student.batches import Batch
 from stage2_student.config import TrainConfig
-from stage2_student.fused import TableGradient, plan_slices
+from stage2_student.forward import batch_losses
 from stage2_student.insight import StepInsight
 from stage2_student.objective import Denominators, Losses, Objective
 from stage2_student.optimizer import learning_rate, make_optimizer, set_learning_rate
@@ -145,37 +145,20 @@ class Updater:
     def _losses(
         self, batch: Batch, counts: StepCounts, progress: float, insight: StepInsight | None
     ) -> Losses:
-        # While the batch is still on the host: on the device every look at an index would wait.
-        slices = plan_slices(batch, self._num_ids)
-        batch = batch.to(self._accelerator.device)
-
-        def losses(
-            hidden_PD: Tensor, head_VD: Tensor, table: TableGradient | None
-        ) -> tuple[Tensor, Losses]:
-            found = self.objective(
-                hidden_PD,
-                head_VD,
-                batch,
-                counts.denominators,
-                progress=progress,
-                slices=slices,
-                wants_agreement=insight is not None,
-                table=table,
-            )
-            # Wrappers look for tensors among what a forward returns.
-            return found.total, found
-
         with self._accelerator.autocast():
-            _, found = self._wrapped(
-                batch.input_ids_1N,
-                batch.position_ids_1N,
-                batch.attention_mask,
-                batch.masked_index_P,
-                losses,
+            found, on_device = batch_losses(
+                self._wrapped,
+                batch,
+                self.objective,
+                num_ids=self._num_ids,
+                device=self._accelerator.device,
+                progress=progress,
+                denominators=counts.denominators,
+                wants_agreement=insight is not None,
             )
         if insight is not None:
-            insight.add(batch, found.values)
-        return found  # type: ignore[no-any-return]
+            insight.add(on_device, found.values)
+        return found
 
 
 def make_accelerator(config: TrainConfig) -> "Accelerator":

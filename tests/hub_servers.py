@@ -16,15 +16,14 @@ import re
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.ports import wait_for_port
 from tests.support import PROJECT_ROOT
 
-_START_S = 30
 _REVISION = "a" * 40
 
 
@@ -141,7 +140,7 @@ def hub_server(folder: Path) -> Iterator[dict[str, str]]:
     arguments = [sys.executable, "-m", "tests.hub_servers", str(port), str(folder)]
     with subprocess.Popen(arguments, cwd=PROJECT_ROOT) as process:
         try:
-            _wait(port)
+            wait_for_port(port, "the hub")
             yield {
                 **os.environ,
                 "HF_ENDPOINT": f"http://127.0.0.1:{port}",
@@ -152,17 +151,6 @@ def hub_server(folder: Path) -> Iterator[dict[str, str]]:
             }
         finally:
             process.kill()
-
-
-def _wait(port: int) -> None:
-    deadline_s = time.monotonic() + _START_S
-    while time.monotonic() < deadline_s:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            return
-        except OSError:
-            time.sleep(0.05)
-    raise TimeoutError("the hub did not start")
 
 
 if __name__ == "__main__":

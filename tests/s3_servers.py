@@ -4,14 +4,13 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-_START_S = 60
+from tests.ports import wait_for_port
 
 
 @contextmanager
@@ -39,7 +38,7 @@ def s3_server(bucket: str, log: Path) -> Iterator[dict[str, str]]:
     ):
         try:
             os.environ |= environment
-            _wait(port)
+            wait_for_port(port, "the S3 server")
             import s3fs
 
             s3fs.S3FileSystem.clear_instance_cache()  # of a server that ran before
@@ -52,14 +51,3 @@ def s3_server(bucket: str, log: Path) -> Iterator[dict[str, str]]:
                     del os.environ[name]
                 else:
                     os.environ[name] = value
-
-
-def _wait(port: int) -> None:
-    deadline_s = time.monotonic() + _START_S
-    while time.monotonic() < deadline_s:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            return
-        except OSError:
-            time.sleep(0.05)
-    raise TimeoutError("the S3 server did not start")

@@ -19,9 +19,9 @@ from stage2_student import fused
 from stage2_student.attention import BY_ROWS
 from stage2_student.batches import Batch, BatchReader, InputForm
 from stage2_student.compatibility import teacher_reading
-from stage2_student.fused import TableGradient, plan_slices
+from stage2_student.forward import batch_losses
 from stage2_student.losses import LOSS_NAMES
-from stage2_student.objective import Losses, Objective
+from stage2_student.objective import Objective
 from stage2_student.objective_config import PAYLOAD_OF, ObjectiveConfig
 from stage2_student.plain import plain_losses
 from stage2_student.student import Student
@@ -102,27 +102,13 @@ class Step:
 
     def fused(self) -> tuple[Tensor, Any]:
         self.model.set_attn_implementation(BY_ROWS)
-        student, objective, batch = Student(self.model), Objective(self.config), self.batch
-        slices = plan_slices(batch, len(student.head_VD), 9 * len(student.head_VD))
-        denominators = objective.denominators(batch)
-
-        def head_losses(hidden_PD: Tensor, head_VD: Tensor, table: TableGradient | None) -> Losses:
-            return objective(
-                hidden_PD,
-                head_VD,
-                batch,
-                denominators,
-                progress=0.4,
-                slices=slices,
-                table=table,
-            )
-
-        losses = student(
-            batch.input_ids_1N,
-            batch.position_ids_1N,
-            batch.attention_mask,
-            batch.masked_index_P,
-            head_losses,
+        losses, _ = batch_losses(
+            Student(self.model),
+            self.batch,
+            Objective(self.config),
+            num_ids=len(self.model.lm_head.weight),
+            device=torch.device("cpu"),
+            progress=0.4,
         )
         return losses.total, losses.terms
 
@@ -183,6 +169,7 @@ def test_losses_and_gradients_are_the_plain_ones(
     caches: dict[str, Path], kind: str, loss: str, tied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fused, "_ROUND_FLOATS_CPU", 4 * 451)
+    monkeypatch.setattr(fused.plan_slices, "__defaults__", (9 * 451,))
     losses = {"ce": 0.5, loss: 1.0} if loss != "ce" else {"ce": 1.0}
     step = make_step(open_cache(caches[kind]), losses, tied=tied)
     assert step.batch.num_masked > 40
