@@ -40,6 +40,10 @@ def train(
         bool, typer.Option("--plan", help="Print what fits on a GPU, before any weight is loaded.")
     ] = False,
     gpu_memory: Annotated[float, typer.Option(min=0.1, help="GiB of that GPU.")] = 12.0,
+    public_key: Annotated[
+        Path | None,
+        typer.Option(help="Take only caches that the owner of this key signed (PEM, local sets)."),
+    ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Train a student from a teacher cache, or go on with a run that was stopped.
@@ -62,6 +66,8 @@ def train(
     """
     try:
         train_config = _read(config, overrides or [])
+        if public_key is not None:
+            _require_signatures(cache, public_key)
         if plan:
             _plan(train_config, cache, gpu_memory, json_output)
         else:
@@ -80,6 +86,14 @@ def _read(path: Path, overrides: list[str]) -> "TrainConfig":
     from tide_cache.config import load_config
 
     return load_config(path, TrainConfig, overrides, section="train")
+
+
+def _require_signatures(caches: list[str], public_key: Path) -> None:
+    from tide_cache.signing import check_signature
+    from tide_cache.store import Store
+
+    for url in caches:
+        check_signature(Store(url), public_key)
 
 
 def _plan(

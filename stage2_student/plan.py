@@ -118,7 +118,7 @@ def open_run(config: TrainConfig, cache_urls: str | Sequence[str]) -> OpenRun:
     check_alike(caches)
     evaluation_cache = None
     if config.evaluation.cache is not None:
-        evaluation_cache = open_cache(config.evaluation.cache, local=config.local_store)
+        evaluation_cache = open_cache(config.evaluation.cache, local=config.local_store, check=True)
         check_student(evaluation_cache, source)
     orders = tuple(_order_of(cache, config) for cache in caches)
     steps_per_epoch = [order.steps_per_epoch for order in orders]
@@ -164,7 +164,7 @@ def _check_weights(config: TrainConfig, urls: list[str]) -> None:
 
 def _open_set(url: str, config: TrainConfig) -> Cache:
     groups = config.stream.groups_per_window * _WINDOWS_KEPT
-    cache = open_cache(url, num_groups_kept=groups, local=config.local_store)
+    cache = open_cache(url, num_groups_kept=groups, local=config.local_store, check=True)
     if not cache.num_samples:
         raise CompatibilityError(f"{cache.url}: num_samples: expected at least 1 row, got 0")
     return cache

@@ -223,6 +223,15 @@ def main() -> int:
         "seconds": round(time.monotonic() - began_s, 1),
         "verdicts": dict(Counter(outcome.verdict for outcome in outcomes)),
         "trained": dict(Counter(outcome.trained for outcome in outcomes)),
+        # Of those that verify refuses, without having run it: which kinds training reads all the
+        # same, with finite losses.
+        "refused_but_trained": dict(
+            Counter(
+                outcome.case.kind
+                for outcome in outcomes
+                if outcome.verdict == "refused" and outcome.trained == "finite"
+            )
+        ),
         "by_kind": table_of(outcomes),
         "by_check": checks_of(outcomes),
     }

@@ -65,7 +65,7 @@ class Judge:
     def train(self, folder: Path) -> str:
         """Read every row for training without verifying; returns `finite` or `refused`."""
         try:
-            cache = open_cache(folder)
+            cache = open_cache(folder, check=True)  # as `stage2_student.plan.open_run` does
             for view in range(cache.num_views):
                 self._losses(cache, view)
         except TideError:

@@ -2,9 +2,10 @@
 
 Rows of a view are numbered 0..num_samples-1 through the shards in the manifest's order. Row groups
 that were read are kept, a bounded number of them; opening a shard checks its size and its row
-count against the manifest, reading verifies page checksums. Threads may read at the same time: a
-row group is decoded by one of them, and while it is, the others go on with the groups they need
-besides.
+count against the manifest, reading verifies page checksums. Whoever is about to use every row, as
+training is, has everything checked at its first use (`first_use`). Threads may read at the same
+time: a row group is decoded by one of them, and while it is, the others go on with the groups they
+need besides.
 """
 
 import threading
@@ -20,6 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from tide_cache.errors import FormatError, TideError
+from tide_cache.first_use import FirstUse
 from tide_cache.local_copies import CopiedStore, LocalCopies, LocalStoreConfig
 from tide_cache.manifest import Manifest, ShardFacts, identity
 from tide_cache.set_schema import set_schema
@@ -37,6 +39,7 @@ class Cache:
 
     `num_groups_kept` bounds the memory of random access: that many row groups of 256 rows stay
     decoded from Parquet. `copies` are the local copies through which `store` reads, if it does.
+    `first_use`: what has to be found sound before it is given out.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class Cache:
         *,
         num_groups_kept: int = DEFAULT_GROUPS_KEPT,
         copies: LocalCopies | None = None,
+        first_use: FirstUse | None = None,
     ) -> None:
         self.store = store
         self.manifest = manifest
@@ -56,6 +60,7 @@ class Cache:
         self._lock = threading.Lock()  # of the two below, never held while something is read
         self._idle_files: OrderedDict[str, ShardFile] = OrderedDict()
         self._groups: OrderedDict[GroupKey, Future[pa.Table]] = OrderedDict()
+        self._first_use = first_use
 
     @property
     def url(self) -> str:
@@ -194,9 +199,7 @@ class Cache:
     ) -> None:
         try:
             with self._opened(shard) as file:
-                table = read_row_groups(
-                    self.store, shard.path, file, [group], list(columns) or None
-                )
+                table = self._read_group(shard, file, group, list(columns))
             future.set_result(table.replace_schema_metadata(None))
         except BaseException as error:
             with self._lock:  # the next who asks shall try again
@@ -204,14 +207,22 @@ class Cache:
             future.set_exception(error)
             raise
 
+    def _read_group(
+        self, shard: ShardFacts, file: ShardFile, group: int, columns: list[str]
+    ) -> pa.Table:
+        if self._first_use is None or not self._first_use.needs_rows(shard, group):
+            return read_row_groups(self.store, shard.path, file, [group], columns or None)
+        table = read_row_groups(self.store, shard.path, file, [group])
+        self._first_use.check(shard, group, table)
+        return table.select(columns) if columns else table
+
     @contextmanager
     def _opened(self, shard: ShardFacts) -> Iterator[ShardFile]:
         """Lend an open shard to one thread; two that want it at once each have their own."""
         with self._lock:
             file = self._idle_files.pop(shard.path, None)
         if file is None:
-            file = open_shard(self.store, shard.path)
-            self._check_opened(shard, file)
+            file = self._open(shard)
         try:
             yield file
         finally:
@@ -226,35 +237,46 @@ class Cache:
         for old in surplus:
             old.close(force=True)
 
-    def _check_opened(self, shard: ShardFacts, file: ShardFile) -> None:
-        groups = file.group_sizes
-        try:
+    def _open(self, shard: ShardFacts) -> ShardFile:
+        if self._first_use is not None:
             self._check_size(shard)
-            if groups != group_sizes(shard.num_rows):
-                raise FormatError(
-                    f"shard {shard.path}: expected {shard.num_rows} rows in groups of "
-                    f"{ROWS_PER_GROUP}, got groups of {groups[:4]}",
-                    hint=f"run 'tide-cache verify {self.url}'",
-                )
+            self._first_use.before_opening(shard)
+        file = open_shard(self.store, shard.path)
+        try:
+            self._check_opened(shard, file)
+            if self._first_use is not None:
+                self._first_use.opened(shard, file)
         except TideError:
             file.close(force=True)
             raise
+        return file
+
+    def _check_opened(self, shard: ShardFacts, file: ShardFile) -> None:
+        self._check_size(shard)
+        if file.group_sizes != group_sizes(shard.num_rows):
+            raise self._damaged(
+                shard,
+                f"expected {shard.num_rows} rows in groups of {ROWS_PER_GROUP}, got groups of "
+                f"{file.group_sizes[:4]}",
+            )
         if not file.schema_found.equals(self._schema, check_metadata=False):
-            found = file.schema_found.names
-            file.close(force=True)
-            raise FormatError(
-                f"shard {shard.path}: schema: expected {self._schema.names}, got {found}",
-                hint=f"run 'tide-cache verify {self.url}'",
+            raise self._damaged(
+                shard, f"schema: expected {self._schema.names}, got {file.schema_found.names}"
             )
 
     def _check_size(self, shard: ShardFacts) -> None:
         size_bytes = self.store.size_bytes(shard.path)
         if size_bytes != shard.size_bytes:
-            raise FormatError(
-                f"shard {shard.path}: expected {shard.num_rows} rows in {shard.size_bytes} bytes, "
-                f"got {size_bytes} bytes",
-                hint=f"run 'tide-cache verify {self.url}'",
+            raise self._damaged(
+                shard,
+                f"expected {shard.num_rows} rows in {shard.size_bytes} bytes, got {size_bytes} "
+                "bytes",
             )
+
+    def _damaged(self, shard: ShardFacts, what: str) -> FormatError:
+        return FormatError(
+            f"shard {shard.path}: {what}", hint=f"run 'tide-cache verify {self.url}'"
+        )
 
     def _empty(self, shards: list[ShardFacts], columns: tuple[str, ...]) -> pa.Table:
         if not shards:
@@ -267,18 +289,26 @@ def open_cache(
     *,
     num_groups_kept: int = DEFAULT_GROUPS_KEPT,
     local: LocalStoreConfig | None = None,
+    check: bool = False,
 ) -> Cache:
     """Open a finished cache or premasked set: a folder, or s3://, http(s)://, hf:// and the like.
 
     With `local`, the files of a remote set are read from local copies, each checked against the
-    manifest before its first use; without, by ranges from where they are. Raises StorageError when
-    there is none at `url`, FormatError when its manifest is not sound.
+    manifest before its first use; without, by ranges from where they are. With `check`, every shard
+    and every row is checked at its first use as `verify` does. Raises StorageError when there is
+    none at `url`, FormatError when its manifest is not sound.
     """
     source = Store(url)
     manifest = read_manifest(source)
-    if local is None or source.is_local:
-        return Cache(source, manifest, num_groups_kept=num_groups_kept)
-    copies = LocalCopies(source, manifest, local)
+    copies = None
+    store = source
+    if local is not None and not source.is_local:
+        copies = LocalCopies(source, manifest, local)
+        store = CopiedStore(source, copies)
     return Cache(
-        CopiedStore(source, copies), manifest, num_groups_kept=num_groups_kept, copies=copies
+        store,
+        manifest,
+        num_groups_kept=num_groups_kept,
+        copies=copies,
+        first_use=FirstUse(store, manifest, hashes=copies is None) if check else None,
     )

@@ -13,16 +13,14 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, Literal, cast
+from typing import BinaryIO, Literal, cast
 
 import numpy as np
 import pyarrow as pa
-from pydantic import ValidationError
 
-from tide_cache.canonical import fingerprint
 from tide_cache.errors import FormatError, TideError
 from tide_cache.fetch import Listed
-from tide_cache.manifest import CacheHeader, Header, Manifest, ShardFacts
+from tide_cache.manifest import Header, Manifest, ShardFacts
 from tide_cache.payloads import Codecs, check_payloads, num_entries
 from tide_cache.rows import PremaskedRow, check_row, table_to_rows
 from tide_cache.set_schema import set_schema
@@ -31,8 +29,8 @@ from tide_cache.shards import (
     group_sizes,
     open_parquet,
     read_row_groups,
-    read_stamp,
 )
+from tide_cache.stamps import check_stamp, read_stamp
 from tide_cache.store import Store
 
 Level = Literal["manifest", "files", "deep"]
@@ -111,7 +109,7 @@ def _check_content(
     codecs: Codecs | None,
 ) -> ShardResult:
     parquet = open_parquet(file, f"{store.url}/{shard.path}", url=store.url)
-    _check_stamp(read_stamp(parquet, where=shard.path), manifest, shard)
+    check_stamp(read_stamp(parquet, where=shard.path), manifest, shard)
     expected = set_schema(manifest)
     if not parquet.schema_found.equals(expected, check_metadata=False):
         raise FormatError(f"schema: expected {expected.names}, got {parquet.schema_found.names}")
@@ -133,26 +131,6 @@ def _check_content(
         samples=b"".join(samples),
         counts=dict(counts),
     )
-
-
-def _check_stamp(stamp: dict[str, Any], manifest: Manifest, shard: ShardFacts) -> None:
-    if (stamp["task"], stamp["view"]) != (shard.task, shard.view):
-        raise FormatError(
-            f"holds task {stamp['task']} view {stamp['view']}: shards were exchanged or renamed"
-        )
-    # A shard that a merged set or a part has as it was carries the header it was made with.
-    if fingerprint(stamp["header"]) in {origin.header_sha256 for origin in manifest.origins}:
-        return
-    kind = CacheHeader if isinstance(manifest, CacheHeader) else Header
-    try:
-        # As today's program reads it: keys that came later have their defaults on both sides.
-        theirs = kind.model_validate(stamp["header"]).model_dump(mode="json")
-    except ValidationError as error:
-        raise FormatError("its tide_cache metadata is no header of this format") from error
-    mine = manifest.model_dump(mode="json")
-    differing = [key for key in sorted(theirs) if theirs[key] != mine.get(key)]
-    if differing:
-        raise FormatError(f"belongs to another set (differing: {', '.join(differing)})")
 
 
 def check_rows(

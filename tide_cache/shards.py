@@ -7,8 +7,7 @@ set stands in the file's metadata under `tide_cache`.
 """
 
 import io
-import json
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -140,18 +139,6 @@ def read_row_groups(
             f"{store.url}/{path}: damaged data ({_first_line(error)})",
             hint=f"run 'tide-cache verify {store.url}' to see what else is damaged",
         ) from error
-
-
-def read_stamp(file: ShardFile, *, where: str) -> dict[str, Any]:
-    """Return the `{header, task, view}` that a shard carries. Raises FormatError without one."""
-    metadata = file.schema_found.metadata or {}
-    try:
-        stamp = json.loads(metadata[METADATA_KEY])
-        if isinstance(stamp, dict) and set(stamp) == {"header", "task", "view"}:
-            return stamp
-    except (KeyError, ValueError, RecursionError):
-        pass
-    raise FormatError(f"{where}: no tide_cache metadata: not a shard of this format")
 
 
 def _encodings(schema: pa.Schema) -> dict[str, str]:

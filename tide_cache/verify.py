@@ -19,7 +19,8 @@ import numpy as np
 from tide_cache.errors import TideError
 from tide_cache.good_shards import GoodShards
 from tide_cache.manifest import CacheManifest, Manifest, identity
-from tide_cache.payloads import Codecs, check_codec_files, codec_paths, open_codecs
+from tide_cache.payloads import Codecs, check_codec_files, open_codecs
+from tide_cache.promises import broken_promises, wrong_counts
 from tide_cache.shard_checks import SAMPLE_BYTES, Level, ShardResult, checked_file
 from tide_cache.store import Store
 from tide_cache.verify_workers import check_shards
@@ -78,7 +79,7 @@ def verify_set(
     """
     manifest = read_manifest(store)
     report = Report(url=store.url, identity=identity(manifest), kind=manifest.kind, level=level)
-    _check_promises(manifest, report)
+    report.problems += broken_promises(manifest)
     if level == "manifest":
         report.num_shards = len(manifest.shards)
         report.num_rows = sum(shard.num_rows for shard in manifest.shards)
@@ -101,28 +102,6 @@ def default_workers(manifest: Manifest) -> int:
     size_bytes = sum(shard.size_bytes for shard in manifest.shards)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, min(cores or 1, len(manifest.shards), size_bytes // _BYTES_PER_WORKER))
-
-
-def _check_promises(manifest: Manifest, report: Report) -> None:
-    """Check what the manifest says against itself."""
-    expected = {
-        "num_rows": sum(shard.num_rows for shard in manifest.shards),
-        "size_bytes": sum(shard.size_bytes for shard in manifest.shards),
-        "num_samples": sum(shard.num_rows for shard in manifest.shards if shard.view == 0),
-    }
-    _compare_counts(manifest, expected, report)
-    if isinstance(manifest, CacheManifest):
-        listed = {facts.path for facts in manifest.files}
-        for path in codec_paths(manifest.payloads):
-            if path not in listed:
-                report.problems.append(f"files: {path}: not listed, though a payload needs it")
-
-
-def _compare_counts(manifest: Manifest, expected: dict[str, int], report: Report) -> None:
-    for name, count in expected.items():
-        found = manifest.counts.get(name)
-        if found != count and not (found is None and name != "num_rows"):
-            report.problems.append(f"counts.{name}: expected {count}, got {found}")
 
 
 def _check_files(store: Store, manifest: Manifest, report: Report) -> None:
@@ -205,7 +184,7 @@ def _check_samples(manifest: Manifest, results: list[ShardResult], report: Repor
         report.problems.append(f"{num_twice} samples occur twice")
     report.num_payload_entries = _num_entries(manifest, counts)
     if report.ok:
-        _compare_counts(manifest, dict(counts), report)
+        report.problems += wrong_counts(manifest, dict(counts))
 
 
 def _num_entries(manifest: Manifest, counts: Counter[str]) -> int:

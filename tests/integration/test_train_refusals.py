@@ -22,7 +22,10 @@ from tests.cache_builders import (
     write_cache,
     write_premasked,
 )
+from tests.unit.test_signing import make_key
 from tests.unit.test_student import tiny_config
+from tide_cache.signing import sign_set
+from tide_cache.store import Store
 
 SHAPE = SetShape(num_samples=8, block_size=4)
 
@@ -296,6 +299,30 @@ def test_a_tracker_that_is_not_installed(
     metrics = {"report_to": ["wandb"]}
     words = ["metrics.report_to: wandb is not installed", "pip install 'tide-cache[wandb]'"]
     expect(capsys, monkeypatch, tmp_path, workshop.cache, words, metrics=metrics)
+
+
+def test_only_what_the_owner_of_a_key_signed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workshop = make_workshop(tmp_path / "workshop", SHAPE)
+    private, public = make_key(tmp_path)
+    config = workshop.write_config(output=str(tmp_path / "run"))
+    options = ["--dry-run", "--json", "--public-key", str(public)]
+    code, text = refuse(capsys, monkeypatch, config, workshop.cache, *options)
+    assert code
+    assert "cache.sig" in text
+    sign_set(Store(workshop.cache), private)
+    monkeypatch.setattr(
+        sys, "argv", ["tide-train", str(config), "--cache", str(workshop.cache), *options]
+    )
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert not stop.value.code, capsys.readouterr().err
+    capsys.readouterr()
+    (workshop.cache / "notes.txt").write_text("one file too many")
+    code, text = refuse(capsys, monkeypatch, config, workshop.cache, *options)
+    assert code
+    assert "notes.txt" in text
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(

@@ -18,3 +18,7 @@ def test_every_mutation_is_refused_or_decodes_to_what_it_was(tmp_path: Path) -> 
     for kind in ("shard_byte", "shard_cut", "shard_longer", "shards_swapped", "codec_byte"):
         assert set(table[kind]) == {"refused"}, kind
     assert all(set(table[kind]) == {"refused"} for kind in table if kind.startswith("signed"))
+    # Training sees what verify sees in a shard, though nobody ran verify.
+    for outcome in outcomes:
+        if outcome.by.startswith("shard ") and "of the other views" not in outcome.by:
+            assert outcome.trained == "refused", outcome
