@@ -3,11 +3,12 @@
 For a cache of each payload, made up: `row_by_row` asks the set for one row after the other and
 decodes it, `one_thread` makes whole batches in the caller's thread, `cold` is the product's reader
 (threads that read ahead) on a set that was never opened and whose pages were dropped from memory,
-`warm` the same with all row groups decoded before, `http` from a web server on loopback in a
-process of its own into an empty local store, `http_again` with a filled store, which is checked
-first. All read the same batches in the same order, in one process, repeats interleaved; the best
-is reported. `sha256` (of all shards, one core) is what no checked copy can beat. Peak memory is
-that of the process while one of them runs, above what it held before.
+`checked` the same with every shard and row checked at its first use, as in training, `warm` with
+all row groups decoded before, `http` from a web server on loopback in a process of its own into an
+empty local store, `http_again` with a filled store, which is checked first. All read the same
+batches in the same order, in one process, repeats interleaved; the best is reported. `sha256` (of
+all shards, one core) is what no checked copy can beat. Peak memory is that of the process while one
+of them runs, above what it held before.
 
 `stall` says what share of a step the reader takes beside a step of `--step-ms`, during which the
 processor is free, as beside a GPU: the seconds for which steps after the first were waited for.
@@ -103,6 +104,12 @@ class Bench:
         _drop_pages(self.folder)
         return self._epoch(open_cache(self.folder, num_groups_kept=_GROUPS_IN_USE))
 
+    def checked(self) -> Reading:
+        """The same as training does it: everything checked at its first use."""
+        _drop_pages(self.folder)
+        cache = open_cache(self.folder, num_groups_kept=_GROUPS_IN_USE, check=True)
+        return self._epoch(cache)
+
     def warm(self) -> Reading:
         """Read an epoch with threads, all row groups decoded before."""
         cache = open_cache(self.folder, num_groups_kept=1 << 20)
@@ -130,7 +137,7 @@ class Bench:
     def stall(self) -> dict[str, Any]:
         """Return the share of steps that is waiting, and what reading a step takes one thread."""
         alone = self.one_thread()
-        cache = open_cache(self.folder, num_groups_kept=_GROUPS_IN_USE)
+        cache = open_cache(self.folder, num_groups_kept=_GROUPS_IN_USE, check=True)
         stream, order = self._stream(cache), self._order(cache)
         num_steps = min(order.steps_per_epoch, self.options.stall_steps)
         began_s = first_s = 0.0
@@ -234,6 +241,7 @@ def _measure_kind(folder: Path, kind: PayloadKind, options: argparse.Namespace) 
                     "row_by_row": bench.row_by_row(),
                     "one_thread": bench.one_thread(),
                     "cold": bench.cold(),
+                    "checked": bench.checked(),
                     "warm": bench.warm(),
                 }
             )
@@ -251,6 +259,7 @@ def _measure_kind(folder: Path, kind: PayloadKind, options: argparse.Namespace) 
         **{name: reading.as_json() for name, reading in best.items()},
         "sha256_mb_per_s": round(size_bytes / 1e6 / min(hash_s), 1),
         "cold_over_row_by_row": _ratio(best["cold"], best["row_by_row"]),
+        "checked_over_cold": _ratio(best["checked"], best["cold"]),
         "cold_over_one_thread": _ratio(best["cold"], best["one_thread"]),
         "stall": bench.stall(),
     }

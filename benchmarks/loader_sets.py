@@ -195,8 +195,14 @@ def _candidates(random: np.random.Generator, num_positions: int, size: SetSize) 
     step_PK = random.integers(1, size.vocab_size // size.k, (num_positions, size.k))
     ids_PK = (base_P1 + np.cumsum(step_PK, axis=1)) % size.vocab_size
     logits_PK = -np.cumsum(random.exponential(0.5, (num_positions, size.k)), axis=1)
+    # All other ids together as likely as a hundredth of them would be, each like the last stored.
+    num_likely = (size.vocab_size - size.k) / 100
     total_PT = np.stack(
-        [np.log(np.exp(logits_PK / t).sum(axis=1)) + 0.1 for t in TEMPERATURES], axis=1
+        [
+            np.log(np.exp(logits_PK / t).sum(axis=1) + num_likely * np.exp(logits_PK[:, -1] / t))
+            for t in TEMPERATURES
+        ],
+        axis=1,
     )
     return Candidates(
         ids_PK=ids_PK.astype(np.int32),
