@@ -28,23 +28,26 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "fidelity_positions": 60,
         "candidates": {"mean_logits_positions": 60},
         "hidden": {"fit_positions": 256},
+        "samples_per_batch": 1,  # the company in a batch moves last bits of logits
     }
     config = write_pipeline(folder, model, num_rows=32, prepare={}, build=build)
     lines = (folder / "chat.jsonl").read_text().splitlines(keepends=True)
-    for name, part in (("a", lines[:18]), ("b", lines[18:])):
-        (folder / f"{name}.jsonl").write_text("".join(part))
+    for name, part in (("a", lines[:18]), ("b", lines[18:]), ("whole", lines)):
+        source = folder / f"source-{name}" / "chat.jsonl"  # rows carry the name of their file
+        source.parent.mkdir()
+        source.write_text("".join(part))
         command(
             *("prepare", config, "-o", folder / f"premasked-{name}", "--workers", "1"),
-            *("--set", f"sources={folder / f'{name}.jsonl'}"),
+            *("--set", f"sources={source}"),
         )
     command("build", config, "-p", folder / "premasked-a", "-o", folder / "a", "--workers", "1")
     return folder
 
 
-def build_b(ground: Path, output: Path, *settings: str) -> list[object]:
+def build_b(ground: Path, output: Path, *settings: str, part: str = "b") -> list[object]:
     words = [word for setting in settings for word in ("--set", setting)]
-    config = ground / "pipeline.yaml"
-    return ["build", config, "-p", ground / "premasked-b", "-o", output, "--workers", "1", *words]
+    inputs = [ground / "pipeline.yaml", "-p", ground / f"premasked-{part}"]
+    return ["build", *inputs, "-o", output, "--workers", "1", *words]
 
 
 def test_caches_with_codecs_of_one_become_one(ground: Path, tmp_path: Path) -> None:
@@ -82,6 +85,25 @@ def test_caches_with_codecs_of_one_become_one(ground: Path, tmp_path: Path) -> N
             expected = part.read_rows(view, range(part.num_samples))
             assert both.read_rows(view, rows).equals(expected)
             start += part.num_samples
+
+
+def test_halves_are_the_whole_row_for_row_in_the_default_payloads(
+    ground: Path, tmp_path: Path
+) -> None:
+    """One codec for all three: then quantised rows too are equal to the bit."""
+    borrowed = f"codec_from={ground / 'a'}"
+    command(*build_b(ground, tmp_path / "b", borrowed))
+    command(*build_b(ground, tmp_path / "whole", borrowed, part="whole"))
+    command("merge", ground / "a", tmp_path / "b", "-o", tmp_path / "both")
+    both, whole = open_cache(tmp_path / "both"), open_cache(tmp_path / "whole")
+    assert {"hidden_0", "cand_codes"} <= set(whole.read_rows(0, [0]).column_names)
+    for view in range(whole.num_views):
+        ours, theirs = (
+            cache.read_rows(view, range(cache.num_samples)).sort_by("sample_id")
+            for cache in (both, whole)
+        )
+        assert ours.num_rows == 32
+        assert ours.equals(theirs)
 
 
 def test_codecs_that_do_not_fit_are_refused(ground: Path, tmp_path: Path) -> None:
