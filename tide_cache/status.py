@@ -9,8 +9,8 @@ import json
 from datetime import datetime
 from typing import Any
 
-from tide_cache.errors import StorageError
-from tide_cache.manifest import MANIFEST, CacheManifest, identity
+from tide_cache.errors import FormatError, StorageError
+from tide_cache.manifest import MANIFEST, MAX_MANIFEST_BYTES, CacheManifest, identity
 from tide_cache.store import Store
 from tide_cache.writer import (
     HEADER,
@@ -19,6 +19,7 @@ from tide_cache.writer import (
     TOTAL,
     SetAside,
     Total,
+    parse_state,
     read_manifest,
     read_records,
 )
@@ -65,16 +66,19 @@ def _under_way(store: Store) -> dict[str, Any]:
         for reason, count in record.dropped.items():
             dropped[reason] = dropped.get(reason, 0) + count
     num_rows = sum(record.counts.get("num_rows", 0) for record in records.values())
-    total = Total.model_validate_json(store.read_bytes(TOTAL)) if store.exists(TOTAL) else None
+    total = None
+    if store.exists(TOTAL):
+        total = parse_state(store.read_bytes(TOTAL), Total, where=f"{store.url}/{TOTAL}")
     times = sorted(store.modified(TASKS))
     notes = [note for record in records.values() for note in record.notes]
     aside = [
-        SetAside.model_validate_json(data) for data in store.read_many(store.list_files(SET_ASIDE))
+        parse_state(data, SetAside, where=f"{store.url}/{SET_ASIDE}")
+        for data in store.read_many(store.list_files(SET_ASIDE))
     ]
     facts = {
         "url": store.url,
         "state": "building",
-        "kind": json.loads(store.read_bytes(HEADER)).get("kind"),
+        "kind": _kind(store),
         "num_tasks": total.num_tasks if total else None,
         "num_tasks_done": len(records),
         "num_rows": total.num_rows if total else None,
@@ -86,6 +90,14 @@ def _under_way(store: Store) -> dict[str, Any]:
         "last_task_at": times[-1].isoformat() if times else None,
     }
     return facts | _speed(times, num_rows, total)
+
+
+def _kind(store: Store) -> str | None:
+    try:
+        kind = json.loads(store.read_bytes(HEADER, max_bytes=MAX_MANIFEST_BYTES))["kind"]
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        raise FormatError(f"{store.url}/{HEADER}: no header of a set under way") from error
+    return kind if kind in ("cache", "premasked") else None
 
 
 def _speed(times: list[datetime], num_rows: int, total: Total | None) -> dict[str, Any]:

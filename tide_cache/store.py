@@ -16,7 +16,7 @@ import re
 import stat
 import uuid
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -169,6 +169,9 @@ class Store:
         """Read small files whole, together where the store can; what vanishes is left out."""
         if not relatives:
             return []
+        for relative in relatives:
+            with suppress(FileNotFoundError):
+                self._require_plain(relative)
         paths = [self.path(relative) for relative in relatives]
         try:
             found = self._fs.cat(paths, on_error="omit")

@@ -12,15 +12,15 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from tide_cache import card
 from tide_cache.canonical import canonical_json, sha256_hex
 from tide_cache.config import StrictModel
-from tide_cache.errors import CompatibilityError, MissingFileError, StorageError
+from tide_cache.errors import CompatibilityError, FormatError, MissingFileError, StorageError
 from tide_cache.manifest import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
@@ -128,7 +128,10 @@ class SetWriter:
     def record_of(self, task: int) -> TaskRecord | None:
         """Return the record of a task that any writer has finished, also of a set that is done."""
         try:
-            return TaskRecord.model_validate_json(self.store.read_bytes(_record_path(task)))
+            path = _record_path(task)
+            return parse_state(
+                self.store.read_bytes(path), TaskRecord, where=f"{self.store.url}/{path}"
+            )
         except MissingFileError:
             pass  # not done yet, or the set is and whoever finished it has swept the records
         if not self.store.exists(MANIFEST):
@@ -308,8 +311,25 @@ class SetWriter:
 def read_records(store: Store) -> dict[int, TaskRecord]:
     """Return the records of finished tasks, by task number."""
     paths = [path for path in store.list_files(TASKS) if path.endswith(".json")]
-    found = [TaskRecord.model_validate_json(data) for data in store.read_many(paths)]
+    where = f"{store.url}/{TASKS}"
+    found = [parse_state(data, TaskRecord, where=where) for data in store.read_many(paths)]
     return {record.task: record for record in found}
+
+
+State = TypeVar("State", bound=StrictModel)
+
+
+def parse_state(data: bytes, model: type[State], *, where: str) -> State:
+    """Read a record of a set under way. Raises FormatError, which tells nothing of the content."""
+    try:
+        return model.model_validate_json(data)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        field = ".".join(str(part) for part in problem["loc"])
+        raise FormatError(
+            f"{where}: not a record of a set under way: {field}: {problem['msg']}",
+            hint="this folder was not begun by tide-cache, or is damaged: begin in an empty one",
+        ) from None
 
 
 def _record_path(task: int) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.set_builders import premasked_header, random_row, write_premasked
-from tide_cache.errors import StorageError
+from tide_cache.errors import FormatError, StorageError
 from tide_cache.rows import rows_to_table
 from tide_cache.status import lines, status
 from tide_cache.store import Store
@@ -58,3 +58,33 @@ def test_a_finished_set(tmp_path: Path) -> None:
     assert facts["num_tasks_done"] == facts["num_tasks"] == 2
     assert facts["num_rows_done"] == manifest.counts["num_rows"]
     assert dict(lines(facts))["state"] == "finished"
+
+
+@pytest.mark.parametrize("name", ["header.json", "total.json", "tasks/00000.json"])
+@pytest.mark.parametrize("content", ["[]", "{", "[" * 100_000, '{"kind": {"secret": 7}}', "\xff"])
+def test_a_stranger_s_build_state_is_refused_or_told_as_nothing(
+    tmp_path: Path, name: str, content: str
+) -> None:
+    writer = SetWriter(Store(tmp_path / "set"), premasked_header())
+    writer.begin(Total(num_tasks=2, num_rows=2 * 5))
+    damaged = tmp_path / "set" / "_build" / name
+    damaged.parent.mkdir(exist_ok=True)
+    damaged.write_text(content, encoding="latin-1")
+    try:
+        facts = status(Store(tmp_path / "set"))
+    except FormatError as error:
+        assert "secret" not in error.message
+        assert "_build/" in error.message
+    else:
+        assert name == "header.json"
+        assert facts["kind"] is None
+
+
+def test_a_record_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    SetWriter(Store(tmp_path / "set"), premasked_header()).begin(Total(num_tasks=1, num_rows=5))
+    tasks = tmp_path / "set" / "_build" / "tasks"
+    tasks.mkdir(exist_ok=True)
+    (tmp_path / "outside.json").write_text("{}")
+    (tasks / "00000.json").symlink_to(tmp_path / "outside.json")
+    with pytest.raises(StorageError, match="link"):
+        status(Store(tmp_path / "set"))
