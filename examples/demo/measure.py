@@ -15,7 +15,7 @@ from examples.demo.config import DemoConfig
 from examples.demo.tasks import check, generate_rows, task_of
 from stage1_teacher.tokenizers import load_tokenizer
 from stage2_student.evaluate import evaluate
-from stage2_student.sampler import cut_at_eos, generate_reference_batch
+from stage2_student.sampling.reference import cut_at_eos, generate_reference_batch
 from stage2_student.student import Student, load_model
 from stage2_student.student_source import read_model_config
 from tide_cache.cache import open_cache

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from stage2_student.sampler import generate_reference, generate_reference_batch
+from stage2_student.sampling.reference import generate_reference, generate_reference_batch
 from tests.support import find_golden
 
 MASK, EOS = 500, 511

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
-from stage2_student.sampler import (
+from stage2_student.sampling.reference import (
     BlockOrigin,
     block_bounds,
     cut_at_eos,
