@@ -15,7 +15,9 @@ from examples.demo.config import DemoConfig
 from examples.demo.tasks import check, generate_rows, task_of
 from stage1_teacher.tokenizers import load_tokenizer
 from stage2_student.evaluate import evaluate
-from stage2_student.sampling.reference import cut_at_eos, generate_reference_batch
+from stage2_student.sampling.blocks import cut_at_eos
+from stage2_student.sampling.reference import generate_reference
+from stage2_student.sampling.settings import GenerationSettings
 from stage2_student.student import Student, load_model
 from stage2_student.student_source import read_model_config
 from tide_cache.cache import open_cache
@@ -49,15 +51,16 @@ def answer_share(folder: Path, config: DemoConfig) -> dict[str, Any]:
         )
         for row in rows
     ]
-    answers = generate_reference_batch(
+    answers = generate_reference(
         model,
         prompts,
         mask_token_id=mask_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        max_new_tokens=config.new_tokens,
-        num_steps=config.new_tokens,
-        block_size=config.masking.block_size,
-        block_origin="sequence_start",
+        settings=GenerationSettings(
+            max_new_tokens=config.new_tokens,
+            block_size=config.masking.block_size,
+            block_origin="sequence_start",
+        ),
     )
     right: dict[str, list[bool]] = {}
     for row, ids in zip(rows, answers, strict=True):

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from stage2_student.sampling.reference import generate_reference, generate_reference_batch
+from stage2_student.sampling.reference import generate_reference
+from stage2_student.sampling.settings import GenerationSettings
 from tests.support import find_golden
 
 MASK, EOS = 500, 511
@@ -55,13 +56,12 @@ def test_every_prompt_gives_the_published_tokens(
     student: Qwen3ForCausalLM, expected: dict[str, torch.Tensor], index: int
 ) -> None:
     num_steps, max_new_tokens = expected[f"steps_new_{index}"].tolist()
-    new_ids = generate_reference(
+    (new_ids,) = generate_reference(
         student,
-        expected[f"prompt_{index}"].tolist(),
+        [expected[f"prompt_{index}"].tolist()],
         mask_token_id=MASK,
         eos_token_id=EOS,
-        max_new_tokens=max_new_tokens,
-        num_steps=num_steps,
+        settings=GenerationSettings(max_new_tokens=max_new_tokens, num_steps=num_steps),
     )
     assert new_ids == expected[f"output_{index}"].tolist()
 
@@ -76,12 +76,11 @@ def test_a_batch_of_all_prompts_gives_the_published_tokens(
             for name, value in settings.items()
             if value == (num_steps, max_new_tokens)
         ]
-        results = generate_reference_batch(
+        results = generate_reference(
             student,
             [expected[f"prompt_{i}"].tolist() for i in indices],
             mask_token_id=MASK,
             eos_token_id=EOS,
-            max_new_tokens=max_new_tokens,
-            num_steps=num_steps,
+            settings=GenerationSettings(max_new_tokens=max_new_tokens, num_steps=num_steps),
         )
         assert results == [expected[f"output_{i}"].tolist() for i in indices]

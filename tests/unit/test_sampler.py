@@ -13,15 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
-from stage2_student.sampling.reference import (
+from stage2_student.sampling import reference
+from stage2_student.sampling.blocks import (
     BlockOrigin,
     block_bounds,
     cut_at_eos,
-    generate_reference,
-    generate_reference_batch,
     reveal_counts,
     staircase_mask,
 )
+from stage2_student.sampling.settings import GenerationSettings
 from tide_cache.errors import ConfigError, DataError
 from tide_cache.geometry import block_diffusion_mask
 
@@ -31,6 +31,30 @@ VOCAB, MASK, EOS = 40, 39, 38
 @pytest.fixture(scope="module")
 def model() -> Qwen3ForCausalLM:
     return _model("sdpa")
+
+
+def generate_reference_batch(
+    model: Qwen3ForCausalLM,
+    prompts: list[list[int]],
+    *,
+    mask_token_id: int,
+    eos_token_id: int | None,
+    batch_size: int = 256,
+    **settings: Any,
+) -> list[list[int]]:
+    return reference.generate_reference(
+        model,
+        prompts,
+        mask_token_id=mask_token_id,
+        eos_token_id=eos_token_id,
+        settings=GenerationSettings(**settings),
+        batch_size=batch_size,
+    )
+
+
+def generate_reference(model: Qwen3ForCausalLM, prompt: list[int], **settings: Any) -> list[int]:
+    (new_ids,) = generate_reference_batch(model, [prompt], **settings)
+    return new_ids
 
 
 def _model(attention: str) -> Qwen3ForCausalLM:
@@ -243,7 +267,7 @@ def test_temperature_draws_from_the_models_distribution(model: Qwen3ForCausalLM)
         max_new_tokens=1,
         num_steps=1,
         temperature=temperature,
-        generator=torch.Generator().manual_seed(3),
+        seed=3,
         batch_size=num_draws,
     )
     observed = torch.bincount(torch.tensor(drawn)[:, 0], minlength=VOCAB) / num_draws
@@ -258,7 +282,7 @@ def test_temperature_draws_from_the_models_distribution(model: Qwen3ForCausalLM)
     assert (observed - logits.softmax(-1)).abs().gt(tolerance).any()
 
 
-def test_temperature_is_repeatable_from_its_generator(model: Qwen3ForCausalLM) -> None:
+def test_temperature_is_repeatable_from_its_seed(model: Qwen3ForCausalLM) -> None:
     def draw(seed: int) -> list[int]:
         return generate_reference(
             model,
@@ -268,7 +292,7 @@ def test_temperature_is_repeatable_from_its_generator(model: Qwen3ForCausalLM) -
             max_new_tokens=16,
             num_steps=16,
             temperature=2.0,
-            generator=torch.Generator().manual_seed(seed),
+            seed=seed,
         )
 
     torch.manual_seed(0)
@@ -307,7 +331,10 @@ def test_cut_at_eos() -> None:
         ({"num_steps": 0}, "num_steps: expected at least 1, got 0"),
         ({"temperature": -0.5}, "temperature: expected 0 or more, got -0.5"),
         ({"temperature": math.inf}, "temperature: expected 0 or more, got inf"),
-        ({"temperature": 1.0}, "pass a torch.Generator, or temperature 0"),
+        ({"cfg_scale": -1.0}, "cfg_scale: expected 0 or more, got -1.0"),
+        ({"num_steps": None, "threshold": 1.5}, "threshold: expected a probability from 0 to 1"),
+        ({"threshold": 0.9}, "num_steps: expected none beside threshold, got 4"),
+        ({"seed": -1}, r"seed: expected 0 to 2\*\*63 - 1, got -1"),
         ({"block_origin": "prompt-end"}, r"\(did you mean 'prompt_end'\?\)"),
         ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
     ],
