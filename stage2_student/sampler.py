@@ -18,9 +18,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from stage2_student.sampling.blocks import BlockOrigin, cut_at_eos
+from stage2_student.sampling.commit import row_generator
+from stage2_student.sampling.conduct import check_batch_size, check_prompts, evaluating
+from stage2_student.sampling.decoding import BatchDecoding, OnStep
+from stage2_student.sampling.forward import EagerForward, Forward
+from stage2_student.sampling.graphs import (
+    Capture,
+    GraphedForward,
+    StaticSteps,
+    capture_cuda_graph,
+)
+from stage2_student.sampling.kv_cache import BlockCache, reading_block_cache
+from stage2_student.sampling.layout import BatchLayout, lay_out
 from stage2_student.sampling.loading import LoadedStudent, load_for_generation
-from stage2_student.sampling.reference import generate_reference
 from stage2_student.sampling.settings import Generation, GenerationSettings
 
 if TYPE_CHECKING:
@@ -54,7 +67,11 @@ class DenoisingStep:
 
 
 class Sampler:
-    """Generates with one model under one set of settings."""
+    """Generates with one model under one set of settings.
+
+    On a GPU each shape of a step is captured once as a CUDA graph, and kept with its cache for the
+    next batches (`capture`: how; on other devices, by default, the model is simply called).
+    """
 
     def __init__(
         self,
@@ -63,11 +80,15 @@ class Sampler:
         mask_token_id: int,
         eos_token_id: int | None,
         settings: GenerationSettings,
+        capture: Capture | None = None,
     ) -> None:
         self.model = model
         self.mask_token_id = mask_token_id
         self.eos_token_id = eos_token_id
         self.settings = settings
+        is_on_gpu = model.device.type == "cuda"
+        self._capture = capture_cuda_graph if capture is None and is_on_gpu else capture
+        self._steps: StaticSteps | None = None
 
     def generate(
         self,
@@ -81,18 +102,88 @@ class Sampler:
 
         At temperature 0 a result depends on its prompt alone; above 0 also on the seed and on the
         prompt's number (`prompt_numbers`; default: its index), never on the company in its batch.
-        `on_step` is called after each forward for each prompt that took part in it. Raises
-        ConfigError or DataError, naming what cannot be followed.
+        Prompts of like length share a batch. `on_step` is called after each forward for each prompt
+        that took part in it. Raises ConfigError or DataError, naming what cannot be followed.
         """
-        answers = generate_reference(
+        check_prompts(prompts)
+        check_batch_size(batch_size)
+        numbers = range(len(prompts)) if prompt_numbers is None else prompt_numbers
+        by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+        found: dict[int, Generation] = {}
+        with torch.no_grad(), evaluating(self.model), reading_block_cache(self.model):
+            for first in range(0, len(by_length), batch_size):
+                indices = by_length[first : first + batch_size]
+                batch = [prompts[i] for i in indices]
+                layout = lay_out([len(prompt) for prompt in batch], self.settings)
+                decoding = self._start(layout, batch, [numbers[i] for i in indices])
+                decoding.run(
+                    None if on_step is None else _watch(decoding, layout, indices, on_step)
+                )
+                for row, index in enumerate(indices):
+                    found[index] = self._result(decoding, layout, row)
+        return [found[index] for index in range(len(prompts))]
+
+    def _start(
+        self, layout: BatchLayout, prompts: Sequence[Sequence[int]], numbers: Sequence[int]
+    ) -> BatchDecoding:
+        return BatchDecoding(
             self.model,
+            self._make_forward(layout),
+            layout,
             prompts,
             mask_token_id=self.mask_token_id,
             eos_token_id=self.eos_token_id,
             settings=self.settings,
-            batch_size=batch_size,
+            generators=[row_generator(self.settings.seed, n, self.model.device) for n in numbers],
         )
-        return [
-            Generation(ids=ids, eos_token_id=self.eos_token_id, num_forwards=0, num_positions=0)
-            for ids in answers
-        ]
+
+    def _make_forward(self, layout: BatchLayout) -> Forward:
+        if self._capture is None:
+            cache = BlockCache(
+                self.model.config,
+                num_rows=len(layout.rows),
+                num_slots=layout.num_slots,
+                dtype=self.model.dtype,
+                device=self.model.device,
+            )
+            return EagerForward(self.model, layout, cache)
+        if self._steps is None or not self._steps.fits(layout):
+            self._steps = StaticSteps(
+                self.model,
+                num_rows=len(layout.rows),
+                num_slots=layout.num_slots,
+                capture=self._capture,
+            )
+        eager = EagerForward(self.model, layout, self._steps.cache)
+        return GraphedForward(layout, self._steps, eager=eager)
+
+    def _result(self, decoding: BatchDecoding, layout: BatchLayout, row: int) -> Generation:
+        new = slice(layout.rows[row].prompt_end, decoding.ends[row])
+        return Generation(
+            ids=decoding.ids_RS[row, new].tolist(),
+            eos_token_id=self.eos_token_id,
+            num_forwards=decoding.costs[row].num_forwards,
+            num_positions=decoding.costs[row].num_positions,
+        )
+
+
+def _watch(
+    decoding: BatchDecoding,
+    layout: BatchLayout,
+    indices: Sequence[int],
+    on_step: Callable[[DenoisingStep], None],
+) -> OnStep:
+    """Return a callback in rows and slots that tells of prompts and new ids."""
+
+    def tell(row: int, slots: tuple[int, int], is_finished: bool) -> None:
+        first = layout.rows[row].prompt_end
+        on_step(
+            DenoisingStep(
+                prompt_index=indices[row],
+                ids=decoding.ids_RS[row, first : slots[1]].tolist(),
+                block_start=slots[0] - first,
+                is_block_finished=is_finished,
+            )
+        )
+
+    return tell

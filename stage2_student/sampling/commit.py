@@ -50,16 +50,16 @@ def commit(
     chosen_BN: Tensor,
     confidence_BN: Tensor,
     *,
-    mask_token_id: int,
+    masked_BN: Tensor,
     num_reveal_B: Tensor,
     threshold: float | None,
 ) -> Tensor:
     """Return the block with its most confident masks replaced by the chosen tokens.
 
-    Row b commits `num_reveal_B[b]` of them, and with `threshold` also all that are above it. Ties
-    go to the leftmost. A position whose chosen token is the mask token stays a mask.
+    `masked_BN` bool says where there is a mask to fill; elsewhere nothing changes. Row b commits
+    `num_reveal_B[b]` of them, and with `threshold` also all that are above it. Ties go to the
+    leftmost. A position whose chosen token is the mask token stays a mask.
     """
-    masked_BN = block_BN == mask_token_id
     confidence_BN = confidence_BN.masked_fill(~masked_BN, -math.inf)
     best_BN = confidence_BN.argsort(dim=-1, descending=True, stable=True)
     is_ranked_BN = torch.arange(block_BN.shape[1], device=block_BN.device) < num_reveal_B[:, None]

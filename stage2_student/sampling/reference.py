@@ -88,13 +88,15 @@ def _generate(
             chosen_BN, confidence_BN = choose(
                 logits_BNV,
                 temperature=settings.temperature,
-                noise_PV=_noise(logits_BNV, settings, generators),
+                noise_PV=_noise(
+                    logits_BNV, ids_BL[:, start:] == mask_token_id, settings, generators
+                ),
             )
             ids_BL[:, start:] = commit(
                 ids_BL[:, start:],
                 chosen_BN,
                 confidence_BN,
-                mask_token_id=mask_token_id,
+                masked_BN=ids_BL[:, start:] == mask_token_id,
                 num_reveal_B=torch.full((num_rows,), num_reveal, device=ids_BL.device),
                 threshold=settings.threshold,
             )
@@ -145,12 +147,18 @@ def _block_logits(
 
 
 def _noise(
-    logits_BNV: Tensor, settings: GenerationSettings, generators: list[torch.Generator]
+    logits_BNV: Tensor,
+    masked_BN: Tensor,
+    settings: GenerationSettings,
+    generators: list[torch.Generator],
 ) -> Tensor | None:
-    """Draw for each row from its own stream, or nothing at temperature 0."""
+    """Draw for each row that has a mask from its own stream, or nothing at temperature 0."""
     if settings.temperature == 0:
         return None
-    return torch.stack([gumbel_noise(tuple(logits_BNV.shape[1:]), g) for g in generators])
+    noise_BNV = torch.zeros_like(logits_BNV, dtype=torch.float64)
+    for row in masked_BN.any(1).nonzero()[:, 0].tolist():
+        noise_BNV[row] = gumbel_noise(tuple(logits_BNV.shape[1:]), generators[row])
+    return noise_BNV
 
 
 def _equal_length_batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
