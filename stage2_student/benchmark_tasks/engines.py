@@ -7,7 +7,7 @@ alone.
 """
 
 import multiprocessing
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from stage2_student.sampling.loading import LoadedStudent
 
 Prompts = Sequence[Sequence[int]]
+# (index of the prompt, what followed it), a batch at a time.
+Batches = Generator[list[tuple[int, Generation]], None, None]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Batches handed to a worker beyond the one it works on, so that it never waits.
 _NUM_QUEUED = 1
@@ -29,9 +31,7 @@ _NUM_QUEUED = 1
 class Engine(Protocol):
     """What generates for the benchmarks."""
 
-    def generate(
-        self, prompts: Prompts, settings: GenerationSettings, batch_size: int
-    ) -> Iterator[list[tuple[int, Generation]]]:
+    def generate(self, prompts: Prompts, settings: GenerationSettings, batch_size: int) -> Batches:
         """Yield (index of the prompt, what followed it), a batch at a time, in any order."""
 
     def close(self) -> None:
@@ -45,9 +45,7 @@ class LocalEngine:
         self._where = (folder, device, dtype)
         self._student: LoadedStudent | None = None
 
-    def generate(
-        self, prompts: Prompts, settings: GenerationSettings, batch_size: int
-    ) -> Iterator[list[tuple[int, Generation]]]:
+    def generate(self, prompts: Prompts, settings: GenerationSettings, batch_size: int) -> Batches:
         """Yield the answers of one batch after the other, the longest prompts first."""
         if self._student is None:
             self._student = load_student_on(*self._where)
@@ -76,9 +74,7 @@ class WorkerEngine:
             for device in devices
         ]
 
-    def generate(
-        self, prompts: Prompts, settings: GenerationSettings, batch_size: int
-    ) -> Iterator[list[tuple[int, Generation]]]:
+    def generate(self, prompts: Prompts, settings: GenerationSettings, batch_size: int) -> Batches:
         """Yield batches as workers finish them. Raises TideError when a worker dies."""
         left = batches(prompts, batch_size)
         running: dict[Future[list[Generation]], tuple[ProcessPoolExecutor, list[int]]] = {}

@@ -55,7 +55,7 @@ class AnswerProgress(Protocol):
 
 
 @register_model("tide")
-class TideLM(LM):
+class TideLM(LM):  # type: ignore[misc]
     """A block-diffusion student behind lm-eval's interface."""
 
     def __init__(

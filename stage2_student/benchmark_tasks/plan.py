@@ -58,13 +58,14 @@ class BenchmarkConfig:
             raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.row is not None:
             paper_row(self.row)
-        choose_benchmarks(self.tasks)
+        for benchmark in choose_benchmarks(self.tasks):
+            self.settings_of(benchmark)
 
     def settings_of(self, benchmark: Benchmark) -> GenerationSettings:
         """Return how the answers to a benchmark are generated."""
         return GenerationSettings(
             max_new_tokens=benchmark.max_new_tokens,
-            num_steps=benchmark.max_new_tokens,
+            num_steps=benchmark.max_new_tokens if self.threshold is None else None,
             block_size=self.block_size,
             threshold=self.threshold,
         )
