@@ -173,7 +173,7 @@ def test_a_block_costs_its_steps_and_no_forward_more(model: Qwen3ForCausalLM) ->
 
 @pytest.mark.parametrize("name", ["few steps", "threshold", "guidance", "training's blocks"])
 def test_costs_are_those_of_the_forwards_that_were_run(model: Qwen3ForCausalLM, name: str) -> None:
-    prompts = random_prompts(LENGTHS[:40])
+    prompts = random_prompts([16] * 40)  # of one length, at a block's end: no padding anywhere
     with _Counted(model) as counted:
         found = _sampler(model, SETTINGS[name]).generate(prompts, batch_size=40)
     computed = sum(rows * positions for rows, positions in counted.shapes)
@@ -181,6 +181,12 @@ def test_costs_are_those_of_the_forwards_that_were_run(model: Qwen3ForCausalLM, 
     assert max(answer.num_forwards for answer in found) <= len(counted.shapes)
     rows = [rows for rows, _ in counted.shapes]
     assert rows[0] > rows[-1]  # those that stopped are not computed any more
+
+
+def test_costs_do_not_depend_on_the_company(model: Qwen3ForCausalLM) -> None:
+    prompts = random_prompts(LENGTHS[:30])
+    sampler = _sampler(model, SETTINGS["training's blocks"])
+    assert sampler.generate(prompts, batch_size=30) == sampler.generate(prompts, batch_size=1)
 
 
 class _KeyReaders(TorchDispatchMode):
@@ -228,8 +234,8 @@ def test_keys_are_written_in_place_and_never_copied(
         watch.watch(cache)
 
     monkeypatch.setattr(BlockCache, "__init__", watched)
-    with watch:
-        found = _sampler(model, SETTINGS["few steps"]).generate(random_prompts(lengths))
+    with _Counted(model) as counted, watch:
+        _sampler(model, SETTINGS["few steps"]).generate(random_prompts(lengths))
     (cache,) = caches
     assert {t.untyped_storage().data_ptr() for t in (*cache.keys, *cache.values)} == watch.storages
     assert len(watch.storages) == 4  # keys and values of two layers, one buffer each
@@ -239,7 +245,8 @@ def test_keys_are_written_in_place_and_never_copied(
     # What is written is what was computed: nothing is shifted, compacted or appended again.
     num_layers, width = 2, cache.keys[0].shape[1] * cache.keys[0].shape[3]
     num_elements = sum(size for _, size in watch.written)
-    assert num_elements == 2 * num_layers * width * sum(a.num_positions for a in found)
+    num_computed = sum(rows * positions for rows, positions in counted.shapes)
+    assert num_elements == 2 * num_layers * width * num_computed
 
 
 def test_draws_depend_on_seed_and_number_alone(model: Qwen3ForCausalLM) -> None:
