@@ -22,7 +22,12 @@ import torch
 
 from stage2_student.sampling.blocks import BlockOrigin, cut_at_eos
 from stage2_student.sampling.commit import row_generator
-from stage2_student.sampling.conduct import check_batch_size, check_prompts, evaluating
+from stage2_student.sampling.conduct import (
+    check_batch_size,
+    check_numbers,
+    check_prompts,
+    evaluating,
+)
 from stage2_student.sampling.decoding import BatchDecoding, OnStep
 from stage2_student.sampling.forward import EagerForward, Forward
 from stage2_student.sampling.graphs import (
@@ -105,8 +110,13 @@ class Sampler:
         Prompts of like length share a batch. `on_step` is called after each forward for each prompt
         that took part in it. Raises ConfigError or DataError, naming what cannot be followed.
         """
-        check_prompts(prompts)
+        check_prompts(
+            prompts,
+            max_length=self.model.config.max_position_embeddings,
+            max_new_tokens=self.settings.max_new_tokens,
+        )
         check_batch_size(batch_size)
+        check_numbers(prompt_numbers, len(prompts))
         numbers = range(len(prompts)) if prompt_numbers is None else prompt_numbers
         by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         found: dict[int, Generation] = {}

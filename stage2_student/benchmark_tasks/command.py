@@ -19,7 +19,7 @@ _INSTALL = "pip install 'tide-cache[eval]'"
 _NEEDS = ("torch", "transformers", "safetensors", "lm_eval", "datasets", "math_verify", "antlr4")
 
 
-def run(
+def benchmark(
     model: Annotated[str, typer.Option(help="Folder or hub name of a block-diffusion student.")],
     output: Annotated[Path, typer.Option(help="Folder for results; started again, it goes on.")],
     tasks: Annotated[

@@ -101,8 +101,10 @@ class BatchDecoding:
         asked = rows + [self._num_twins + r for r in rows if self._num_twins]
         ids_BQ = self.ids_RS[asked, compute_from:end]
         for row in rows:
-            self.costs[row].num_forwards += 1
-            self.costs[row].num_positions += (end - compute_from) * (len(asked) // len(rows))
+            place, cost = self._layout.rows[row], self.costs[row]
+            num_own = min(end, place.end) - max(compute_from, place.prompt_start)
+            cost.num_forwards += 1
+            cost.num_positions += num_own * (len(asked) // len(rows))
         return self._forward(ids_BQ, asked, compute_from, end)[:, start - compute_from :]
 
     def _commit(

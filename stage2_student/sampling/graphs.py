@@ -38,7 +38,7 @@ def capture_cuda_graph(step: Callable[[], None]) -> Callable[[], None]:
 
     It is run three times before, on a stream of its own, so that libraries set themselves up.
     """
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):

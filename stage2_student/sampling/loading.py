@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from stage2_student.student import load_student
-from stage2_student.student_source import StudentConfig, open_student
+from stage2_student.student_source import StudentConfig, StudentSource, open_student
 from tide_cache.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -39,9 +39,20 @@ def load_for_generation(
 ) -> LoadedStudent:
     """Load a released student, or one of ours (`final/` of a run), from a folder or the hub.
 
-    Weights come strictly and no code of the checkpoint runs. Raises ConfigError where it cannot be
-    found or was never trained to fill masks, CompatibilityError for another architecture,
-    FormatError for a broken file.
+    Weights come strictly and no code of the checkpoint runs. Errors: those of
+    `open_for_generation`, and FormatError for a broken file.
+    """
+    source = open_for_generation(name_or_folder, revision=revision)
+    return load_opened(source, dtype=dtype, device=device)
+
+
+def open_for_generation(
+    name_or_folder: str | Path, *, revision: str | None = None
+) -> StudentSource:
+    """Read a student's config and tokenizer, and no weights.
+
+    Raises ConfigError where it cannot be found or was never trained to fill masks,
+    CompatibilityError for another architecture.
     """
     source = open_student(StudentConfig(init=str(name_or_folder), revision=revision))
     if source.needs_mask_row:
@@ -50,6 +61,13 @@ def load_for_generation(
             "Qwen3, which never saw a mask",
             hint="train one from it with tide-train, or name a released BD3LM student",
         )
+    return source
+
+
+def load_opened(
+    source: StudentSource, *, dtype: torch.dtype, device: torch.device | str
+) -> LoadedStudent:
+    """Load the weights of what `open_for_generation` returned."""
     model = load_student(source, dtype=dtype, attention_implementation="sdpa", seed=0)
     return LoadedStudent(
         name=source.name,

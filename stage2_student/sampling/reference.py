@@ -47,7 +47,11 @@ def generate_reference(
     on an empty prompt. Source: block diffusion (arXiv 2503.09573), low-confidence remasking and
     guidance (arXiv 2502.09992), TIDE's evaluation protocol.
     """
-    check_prompts(prompts)
+    check_prompts(
+        prompts,
+        max_length=model.config.max_position_embeddings,
+        max_new_tokens=settings.max_new_tokens,
+    )
     check_batch_size(batch_size)
     _require_explicit_masks(model)
     results: dict[int, list[int]] = {}

@@ -73,7 +73,8 @@ class Generation:
 
     `ids` are all new ids, up to the end of the block of the first EOS token; `text_ids` are those
     before that token. `num_forwards` counts the forwards the prompt took part in, `num_positions`
-    the positions that were computed for it, padding and the second run of guidance included.
+    the positions that were computed for it: those of guidance's second run, too, but no padding, so
+    that neither depends on the company in a batch.
     """
 
     ids: list[int]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
+from transformers import DynamicCache, Qwen3ForCausalLM
 
 from stage2_student.sampling import reference
 from stage2_student.sampling.blocks import (
@@ -22,15 +22,14 @@ from stage2_student.sampling.blocks import (
     staircase_mask,
 )
 from stage2_student.sampling.settings import GenerationSettings
+from tests.sampling_models import EOS, MASK, VOCAB, random_prompts, tiny_model
 from tide_cache.errors import ConfigError, DataError
 from tide_cache.geometry import block_diffusion_mask
-
-VOCAB, MASK, EOS = 40, 39, 38
 
 
 @pytest.fixture(scope="module")
 def model() -> Qwen3ForCausalLM:
-    return _model("sdpa")
+    return tiny_model()
 
 
 def generate_reference_batch(
@@ -55,32 +54,6 @@ def generate_reference_batch(
 def generate_reference(model: Qwen3ForCausalLM, prompt: list[int], **settings: Any) -> list[int]:
     (new_ids,) = generate_reference_batch(model, [prompt], **settings)
     return new_ids
-
-
-def _model(attention: str) -> Qwen3ForCausalLM:
-    torch.manual_seed(5)
-    config = Qwen3Config(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=128,
-        initializer_range=0.4,
-        attn_implementation=attention,
-    )
-    model = Qwen3ForCausalLM(config).eval()
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.q_norm.weight.mul_(4)  # sharp attention: every position says its own
-    return model
-
-
-def _prompts(lengths: tuple[int, ...]) -> list[list[int]]:
-    random = torch.Generator().manual_seed(1)
-    return [torch.randint(0, EOS, (n,), generator=random).tolist() for n in lengths]
 
 
 @torch.no_grad()
@@ -132,7 +105,7 @@ def test_equals_a_sampler_that_caches_keys(
     model: Qwen3ForCausalLM, prompt_length: int, reveal: int
 ) -> None:
     seen: set[int] = set()
-    for prompt in _prompts((prompt_length,) * 4):
+    for prompt in random_prompts((prompt_length,) * 4):
         ours = generate_reference(
             model,
             prompt,
@@ -148,7 +121,7 @@ def test_equals_a_sampler_that_caches_keys(
 
 
 def test_a_committed_mask_token_stays_a_mask(model: Qwen3ForCausalLM) -> None:
-    (prompt,) = _prompts((9,))
+    (prompt,) = random_prompts((9,))
     settings: dict[str, Any] = {
         "eos_token_id": None,
         "block_size": 8,
@@ -164,7 +137,7 @@ def test_a_committed_mask_token_stays_a_mask(model: Qwen3ForCausalLM) -> None:
 
 
 def test_a_batch_of_unequal_lengths_equals_one_by_one(model: Qwen3ForCausalLM) -> None:
-    prompts = _prompts((3, 9, 3, 16, 9, 3, 1))
+    prompts = random_prompts((3, 9, 3, 16, 9, 3, 1))
     plain = generate_reference_batch(
         model, prompts, mask_token_id=MASK, eos_token_id=None, max_new_tokens=20, num_steps=10
     )
@@ -188,7 +161,7 @@ def test_a_batch_of_unequal_lengths_equals_one_by_one(model: Qwen3ForCausalLM) -
 
 
 def test_block_origin_sequence_start_completes_the_prompts_block(model: Qwen3ForCausalLM) -> None:
-    (prompt,) = _prompts((13,))
+    (prompt,) = random_prompts((13,))
     new_ids = generate_reference(
         model,
         prompt,
@@ -257,7 +230,7 @@ def test_reveal_counts_commit_every_position(num_masked: int, num_steps: int) ->
 
 
 def test_temperature_draws_from_the_models_distribution(model: Qwen3ForCausalLM) -> None:
-    (prompt,) = _prompts((6,))
+    (prompt,) = random_prompts((6,))
     temperature, num_draws = 1.7, 20_000
     drawn = generate_reference_batch(
         model,
@@ -362,7 +335,7 @@ def test_an_empty_prompt_is_named(model: Qwen3ForCausalLM) -> None:
 def test_eager_attention_is_refused() -> None:
     with pytest.raises(ConfigError, match="load it with attn_implementation='sdpa'"):
         generate_reference(
-            _model("eager"),
+            tiny_model("eager"),
             [1],
             mask_token_id=MASK,
             eos_token_id=EOS,
