@@ -2,7 +2,7 @@
 a model is loaded.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from stage2_student.benchmark_tasks.protocol import (
 )
 from stage2_student.benchmark_tasks.task_configs import Definition, define
 from stage2_student.sampling.settings import GenerationSettings
-from tide_cache.errors import ConfigError
+from tide_cache.errors import ConfigError, MissingFileError
 
 _CODE_FLAG = (
     "left out: it runs programs that the student wrote, on this machine and without a sandbox; "
@@ -112,7 +112,32 @@ def plan_benchmarks(config: BenchmarkConfig) -> BenchmarkPlan:
             "without a sandbox",
             hint="add --run-generated-code if that is acceptable here",
         )
-    return BenchmarkPlan(planned=tuple(_plan(config, b) for b in kept), left_out=left_out)
+    return BenchmarkPlan(planned=_plan_all(config, kept), left_out=left_out)
+
+
+def _plan_all(
+    config: BenchmarkConfig, benchmarks: Sequence[Benchmark]
+) -> tuple[PlannedBenchmark, ...]:
+    """Plan each benchmark. All data sets that are not there are named at once."""
+    planned: list[PlannedBenchmark] = []
+    missing: list[MissingFileError] = []
+    for benchmark in benchmarks:
+        try:
+            planned.append(_plan(config, benchmark))
+        except MissingFileError as error:
+            missing.append(error)
+    if len(missing) > 1 or (missing and planned):
+        there = ",".join(p.benchmark.task for p in planned)
+        raise MissingFileError(
+            "\n".join([error.message for error in missing]),
+            hint="\n  ".join(
+                [error.hint or "" for error in missing]
+                + ([f"or run what is there: --tasks {there}"] if there else [])
+            ),
+        )
+    if missing:
+        raise missing[0]
+    return tuple(planned)
 
 
 def _plan(config: BenchmarkConfig, benchmark: Benchmark) -> PlannedBenchmark:

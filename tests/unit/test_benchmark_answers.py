@@ -1,5 +1,7 @@
 """From messages to prompts, from tokens to answers, and answers that survive a kill."""
 
+import multiprocessing
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -7,15 +9,18 @@ from typing import Any
 import lm_eval
 import pytest
 from lm_eval.api.registry import get_model
+from transformers import AutoTokenizer
 
 from stage2_student.benchmark_tasks.answer_journal import Answer, AnswerJournal, answer_key
 from stage2_student.benchmark_tasks.chat_text import THINK_BLOCK, cut_answer, render
+from stage2_student.benchmark_tasks.engines import Batches, WorkerEngine
 from stage2_student.benchmark_tasks.language_model import TideLM
 from stage2_student.benchmark_tasks.model_folder import load_tokenizer, model_sha256
-from stage2_student.sampling.settings import GenerationSettings
+from stage2_student.benchmark_tasks.progress import NoProgress
+from stage2_student.sampling.settings import Generation, GenerationSettings
 from tests.scripted_students import ScriptedEngine, write_student
 from tests.small_tokenizers import CHATML, THINKING, byte_level
-from tide_cache.errors import ConfigError, StorageError
+from tide_cache.errors import ConfigError, StorageError, TideError
 
 USER = {"role": "user", "content": "Hi"}
 BEGUN = {"role": "assistant", "content": "\n```python\n"}
@@ -57,6 +62,39 @@ def test_without_the_think_block_the_template_stands_alone() -> None:
 )
 def test_answers_are_cut(text: str, until: list[str], expected: str) -> None:
     assert cut_answer(text, until) == expected
+
+
+def test_prompts_become_the_tokens_of_qwen3(shared_dir: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(shared_dir / "tokenizers" / "qwen3")
+    engine = Recorder()
+    settings = GenerationSettings(max_new_tokens=8)
+    model = TideLM(tokenizer=tokenizer, engine=engine, settings=settings)
+    prompt = model.apply_chat_template([USER])
+    model.generate_until([request(prompt, until=[])])
+    (ids,) = engine.prompts
+    assert tokenizer.decode(ids) == prompt
+    # A turn's end inside the prompt, none behind it: the answer is open.
+    assert [i for i, token in enumerate(ids) if token == tokenizer.eos_token_id] == [4]
+    names = tokenizer.convert_ids_to_tokens(ids)
+    assert names[:5] == ["<|im_start|>", "user", "Ċ", "Hi", "<|im_end|>"]
+    assert names[-4:] == ["<think>", "ĊĊ", "</think>", "ĊĊ"]
+
+
+class Recorder:
+    """Keeps the tokens that are asked and answers nothing."""
+
+    def __init__(self) -> None:
+        self.prompts: list[list[int]] = []
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], settings: GenerationSettings, batch_size: int
+    ) -> Batches:
+        self.prompts += [list(prompt) for prompt in prompts]
+        empty = Generation(ids=[], eos_token_id=None, num_forwards=0, num_positions=0)
+        yield [(i, empty) for i in range(len(prompts))]
+
+    def close(self) -> None:
+        pass
 
 
 def answer(key: str, text: str = "x") -> Answer:
@@ -129,6 +167,27 @@ def test_a_request_may_name_one_stop_string(student: Path) -> None:
     model, _ = model_on(student, str.upper)
     assert model.generate_until([request("one two", until=" ")]) == ["ONE"]
     assert model.generate_until([request("one two")]) == ["ONE TWO"]
+
+
+def test_a_worker_that_dies_is_one_line(student: Path) -> None:
+    engine = WorkerEngine(student, ["cpu", "cpu"], "float32")
+    model = TideLM(
+        tokenizer=load_tokenizer(student),
+        engine=engine,
+        settings=GenerationSettings(max_new_tokens=32),
+        progress=KillAWorker(),
+    )
+    with pytest.raises(TideError, match="a worker process ended"):
+        model.generate_until([request("word " * n, until=[]) for n in range(1, 14)])
+    model.close()
+
+
+class KillAWorker(NoProgress):
+    """Kills a worker once it has answered."""
+
+    def update(self, num_answered: int) -> None:
+        (first, *_) = multiprocessing.active_children()
+        first.kill()
 
 
 def test_likelihoods_are_refused(student: Path) -> None:

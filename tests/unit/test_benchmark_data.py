@@ -137,6 +137,17 @@ def test_the_hint_says_how_to_get_the_data(tmp_path: Path) -> None:
     assert "hf download --repo-type dataset TIGER-Lab/MMLU-Pro" in caught.value.hint
 
 
+def test_all_missing_data_is_named_at_once(tmp_path: Path) -> None:
+    rows.write_gsm8k(tmp_path)
+    config = BenchmarkConfig(model="none", output=tmp_path / "out", data=tmp_path)
+    with pytest.raises(MissingFileError) as caught:
+        plan_benchmarks(config)
+    for task in ("minerva_math", "bbh", "mmlu_pro", "hellaswag_gen", "mmlu_generative_dream"):
+        assert f"{task}: no data in {tmp_path}" in caught.value.message
+    assert caught.value.hint is not None
+    assert caught.value.hint.endswith("or run what is there: --tasks gsm8k_cot")
+
+
 def test_a_parquet_file_that_is_none(tmp_path: Path) -> None:
     path = tmp_path / "gsm8k" / "main" / "test-00000-of-00001.parquet"
     path.parent.mkdir(parents=True)
