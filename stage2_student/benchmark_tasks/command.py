@@ -111,8 +111,12 @@ def _run(config: "BenchmarkConfig", json_output: bool) -> None:
 
 def _show_plan(config: "BenchmarkConfig", json_output: bool) -> None:
     from stage2_student.benchmark_tasks.plan import plan_benchmarks
+    from stage2_student.benchmark_tasks.task_configs import load_tasks
 
     plan = plan_benchmarks(config)
+    for planned in plan.planned:
+        if planned.rows is not None:
+            load_tasks(planned.definition, planned.rows)
     rows = [planned.as_json() for planned in plan.planned]
     if json_output:
         facts = {"benchmarks": rows, "left_out": dict(plan.left_out)}

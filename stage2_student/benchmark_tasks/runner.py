@@ -36,7 +36,7 @@ from stage2_student.benchmark_tasks.results import (
     write_score,
 )
 from stage2_student.benchmark_tasks.score_table import as_markdown
-from stage2_student.benchmark_tasks.task_configs import load_tasks
+from stage2_student.benchmark_tasks.task_configs import LoadedTasks, load_tasks
 from tide_cache.canonical import fingerprint, pretty_json
 
 __all__ = ["BenchmarkConfig", "run_benchmarks"]
@@ -59,7 +59,12 @@ def run_benchmarks(
     plan = plan_benchmarks(config)
     run = _Run(config, progress or NoProgress(), engine)
     try:
-        scores = tuple(run.score(planned) for planned in plan.planned)
+        # All data first: what is wrong with the last benchmark is said before the first is asked.
+        opened = [run.open(planned) for planned in plan.planned]
+        scores = tuple(
+            found if isinstance(found, Score) else run.evaluate(planned, found)
+            for planned, found in zip(plan.planned, opened, strict=True)
+        )
     finally:
         run.close()
     results = BenchmarkResults(
@@ -111,19 +116,23 @@ class _Run:
             "devices": list(self._config.devices),
         }
 
-    def score(self, planned: PlannedBenchmark) -> Score:
-        """Return a benchmark's score: that of an earlier run where nothing has changed since."""
+    def open(self, planned: PlannedBenchmark) -> Score | LoadedTasks:
+        """Return the score of an earlier run, or the tasks where it is missing or has changed."""
         task = planned.benchmark.task
-        path = Path(self._config.output, "tasks", f"{task}.json")
-        identity = self._fingerprint(planned)
-        if (finished := read_score(path, identity)) is not None:
+        path = self._score_path(planned)
+        if (finished := read_score(path, self._fingerprint(planned))) is not None:
             self._progress.say(f"{task}: finished before, {finished.score:.2f}; see {path}")
             return finished
         if path.exists():
             self._progress.say(f"{task}: {path} is of other settings or data; run again")
-        score, samples = self._evaluate(planned)
-        write_lines(Path(self._config.output, "samples", f"{task}.jsonl"), samples)
-        write_score(path, identity, score)
+        return load_tasks(planned.definition, planned.rows)
+
+    def evaluate(self, planned: PlannedBenchmark, loaded: LoadedTasks) -> Score:
+        """Ask and score a benchmark, and write its files."""
+        score, samples = self._evaluate(planned.benchmark, loaded)
+        path = Path(self._config.output, "samples", f"{planned.benchmark.task}.jsonl")
+        write_lines(path, samples)
+        write_score(self._score_path(planned), self._fingerprint(planned), score)
         return score
 
     def close(self) -> None:
@@ -131,16 +140,19 @@ class _Run:
         self._progress.close()
         self._engine.close()
 
-    def _evaluate(self, planned: PlannedBenchmark) -> tuple[Score, list[dict[str, Any]]]:
+    def _score_path(self, planned: PlannedBenchmark) -> Path:
+        return Path(self._config.output, "tasks", f"{planned.benchmark.task}.json")
+
+    def _evaluate(
+        self, benchmark: Benchmark, loaded: LoadedTasks
+    ) -> tuple[Score, list[dict[str, Any]]]:
         from lm_eval.evaluator import evaluate
 
         from stage2_student.benchmark_tasks.answer_journal import AnswerJournal
         from stage2_student.benchmark_tasks.language_model import TideLM
 
-        benchmark = planned.benchmark
         began_s = time.monotonic()
         self._progress.begin(benchmark.title)
-        loaded = load_tasks(planned.definition, planned.rows)
         for task in loaded.tasks.values():
             task.set_fewshot_seed(_FEWSHOT_SEED)
         answers = Path(self._config.output, "answers", f"{benchmark.task}.jsonl")

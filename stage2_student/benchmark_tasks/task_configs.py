@@ -98,44 +98,24 @@ def define(benchmark: Benchmark) -> Definition:
 def load_tasks(definition: Definition, local: LocalRows | None) -> LoadedTasks:
     """Build the tasks, on local rows or (None) on what lm-eval downloads.
 
-    Raises StorageError where a download fails.
+    Raises StorageError where a download fails, DataError where a sub-task has no rows.
     """
-    from lm_eval.api.group import Group
-    from lm_eval.api.task import ConfigurableTask
-
     quiet_lm_eval()
-    benchmark = definition.benchmark
+    task = definition.benchmark.task
     tasks: dict[str, Any] = {}
-    for name, overrides in definition.leaves.items():
-        changes = {**overrides, "num_fewshot": benchmark.num_fewshot}
-        if benchmark.num_fewshot == 0:
-            # The examples' split would be read even where none are drawn from it.
-            changes |= {"fewshot_split": None, "fewshot_config": None}
-        if local is not None:
-            changes |= _rows_override(local.rows[definition.parts[name]])
+    for name in definition.leaves:
         try:
-            if benchmark.runs_code:
-                tasks[name] = ConfigurableTask(config=_code_config(definition, name, changes))
-            else:
-                tasks |= _load_leaf(definition.index, name, changes)
+            tasks[name] = _load_leaf(definition, name, local)
         except IndexError as error:
-            raise DataError(f"{benchmark.task}: the data set has no rows for {name}") from error
+            raise DataError(f"{task}: the data set has no rows for {name}") from error
         except (OSError, ValueError) as error:
             if local is not None:
                 raise
             raise StorageError(
-                f"{benchmark.task}: lm-eval cannot get its data set: "
-                f"{(str(error).splitlines() or [''])[0]}",
+                f"{task}: lm-eval cannot get its data set: {(str(error).splitlines() or [''])[0]}",
                 hint="give the files with --data DIR, or check the network (HF_HUB_OFFLINE)",
             ) from error
-    groups = {}
-    if definition.group is not None:
-        keys = [key for key in _GROUP_KEYS if key in definition.group and key != "tag"]
-        group = Group.from_config({k: copy.deepcopy(definition.group[k]) for k in keys})
-        for task in tasks.values():
-            group.add(task)
-        groups[group.name] = group
-    return LoadedTasks(tasks=tasks, groups=groups)
+    return LoadedTasks(tasks=tasks, groups=_groups(definition, tasks))
 
 
 def quiet_lm_eval() -> None:
@@ -166,11 +146,35 @@ def _members(
             yield from _members(index, member["task"], changes)
 
 
-def _load_leaf(index: Any, name: str, changes: Config) -> dict[str, Any]:
-    """Load a task by name with overrides: lm-eval takes those from a group only."""
-    loaded = index.load([{"group": "overridden", "task": [{"task": name, **changes}]}])
-    tasks: dict[str, Any] = loaded["tasks"]
-    return tasks
+def _load_leaf(definition: Definition, name: str, local: LocalRows | None) -> Any:
+    """Build one task with its overrides."""
+    benchmark = definition.benchmark
+    changes = {**definition.leaves[name], "num_fewshot": benchmark.num_fewshot}
+    if benchmark.num_fewshot == 0:
+        # The examples' split would be read even where none are drawn from it.
+        changes |= {"fewshot_split": None, "fewshot_config": None}
+    if local is not None:
+        changes |= _rows_override(local.rows[definition.parts[name]])
+    if benchmark.runs_code:
+        from lm_eval.api.task import ConfigurableTask
+
+        return ConfigurableTask(config=_code_config(definition, name, changes))
+    # lm-eval takes overrides of a task by name from a group only.
+    one = {"group": "overridden", "task": [{"task": name, **changes}]}
+    return definition.index.load([one])["tasks"][name]
+
+
+def _groups(definition: Definition, tasks: Mapping[str, Any]) -> dict[str, Any]:
+    """Build the group that adds up sub-tasks, if the benchmark is one."""
+    from lm_eval.api.group import Group
+
+    if definition.group is None:
+        return {}
+    keys = [key for key in _GROUP_KEYS if key in definition.group and key != "tag"]
+    group = Group.from_config({key: copy.deepcopy(definition.group[key]) for key in keys})
+    for task in tasks.values():
+        group.add(task)
+    return {group.name: group}
 
 
 def _code_config(definition: Definition, name: str, changes: Config) -> Config:

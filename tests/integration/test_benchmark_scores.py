@@ -70,7 +70,7 @@ def test_gsm8k_is_scored_by_the_last_number(run: Run, shared_dir: Path) -> None:
         "James": "The answer is 540.\nQ: And now?\nA: 7",
         "Wendi": "#### 20",
         "Kylar": "He needs 64.",
-        "Toulouse": "<think>\nPerhaps 1?\n</think>\n\nThe answer is 260.",
+        "Toulouse": "The answer is 260. <think>\nOr 1?\n</think>",
         "Carla": "The answer is 161.",
         "John": "I cannot tell.",
         "Eliza": "The answer is 460, and 3 more.",

@@ -21,7 +21,7 @@ from tests import benchmark_rows as rows
 from tests.builders import command_environment
 from tests.scripted_students import write_student
 from tests.support import PROJECT_ROOT
-from tide_cache.errors import ConfigError
+from tide_cache.errors import ConfigError, DataError
 
 FOUR = "gsm8k_cot,bbh,humaneval_instruct,mbpp_instruct"
 
@@ -197,6 +197,20 @@ def test_another_setting_or_data_is_scored_anew(student: Path, tmp_path: Path) -
     assert said() == [changed, "4 of 5"]
     assert said(threshold=0.5) == [changed, "0 of 5"]
     assert said(threshold=0.5, batch_size=3)[0].startswith("hellaswag_gen: finished before")
+
+
+def test_the_last_data_set_is_checked_before_a_weight_is_read(tmp_path: Path) -> None:
+    student = write_student(tmp_path)
+    weights = student / "model.safetensors"
+    weights.write_bytes(b"not weights")
+    rows.write_gsm8k(tmp_path / "data")
+    rows.write_mmlu_pro(tmp_path / "data", rows.MMLU_PRO_CATEGORIES[:-1])
+    config = BenchmarkConfig(
+        model=str(student), output=tmp_path, tasks="gsm8k_cot,mmlu_pro", data=tmp_path / "data"
+    )
+    with pytest.raises(DataError, match="mmlu_pro: the data set has no rows for mmlu_pro_psych"):
+        run_benchmarks(config)
+    assert not (tmp_path / "answers").exists()
 
 
 def test_code_is_left_out_unless_asked_for(shared_dir: Path, tmp_path: Path) -> None:
