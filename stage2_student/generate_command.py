@@ -35,7 +35,7 @@ def generate(
     ] = "prompt_end",
     threshold: Annotated[
         float | None,
-        typer.Option(help="Commit every token likelier than this at once, however few the steps."),
+        typer.Option(help="Commit every token likelier than this at once; goes without --steps."),
     ] = None,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of what is drawn at a temperature above 0.")] = 0,

@@ -13,8 +13,8 @@ from rich.console import Console
 
 from stage2_student.choices import check_choice
 from stage2_student.sampler import DenoisingStep, GenerationSettings, LoadedStudent, Sampler
-from stage2_student.sampling.conduct import check_batch_size, check_prompts
 from stage2_student.sampling.loading import load_opened, open_for_generation
+from stage2_student.sampling.preconditions import check_batch_size, check_prompts
 from stage2_student.sampling.prompts import (
     Message,
     as_conversation,
@@ -281,5 +281,6 @@ def _print_plan(plan: GeneratePlan, is_json: bool) -> None:
     if is_json:
         sys.stdout.write(json.dumps(plan.as_json(), indent=2) + "\n")
         return
-    for name, value in plan.as_json().items():
-        sys.stdout.write(f"{name}: {value}\n")
+    values = plan.as_json()
+    for name, value in {**values, **values.pop("settings")}.items():
+        sys.stdout.write(f"{name}: {'none' if value is None else value}\n")

@@ -22,12 +22,6 @@ import torch
 
 from stage2_student.sampling.blocks import BlockOrigin, cut_at_eos
 from stage2_student.sampling.commit import row_generator
-from stage2_student.sampling.conduct import (
-    check_batch_size,
-    check_numbers,
-    check_prompts,
-    evaluating,
-)
 from stage2_student.sampling.decoding import BatchDecoding, OnStep
 from stage2_student.sampling.forward import EagerForward, Forward
 from stage2_student.sampling.graphs import (
@@ -39,6 +33,12 @@ from stage2_student.sampling.graphs import (
 from stage2_student.sampling.kv_cache import BlockCache, reading_block_cache
 from stage2_student.sampling.layout import BatchLayout, lay_out
 from stage2_student.sampling.loading import LoadedStudent, load_for_generation
+from stage2_student.sampling.preconditions import (
+    check_batch_size,
+    check_numbers,
+    check_prompts,
+    evaluating,
+)
 from stage2_student.sampling.settings import Generation, GenerationSettings
 
 if TYPE_CHECKING:

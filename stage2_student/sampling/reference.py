@@ -20,7 +20,7 @@ from torch import Tensor
 
 from stage2_student.sampling.blocks import first_block_start, staircase_mask
 from stage2_student.sampling.commit import choose, commit, gumbel_noise, row_generator
-from stage2_student.sampling.conduct import check_batch_size, check_prompts, evaluating
+from stage2_student.sampling.preconditions import check_batch_size, check_prompts, evaluating
 from stage2_student.sampling.settings import GenerationSettings
 from tide_cache.errors import ConfigError
 

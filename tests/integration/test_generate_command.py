@@ -6,6 +6,7 @@ import pty
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,7 @@ def test_a_killed_process_goes_on_to_the_same_bytes(folder: Path, tmp_path: Path
     command += ["--max-new-tokens", "64", "-o", str(output)]
     process = subprocess.Popen(command)
     while process.poll() is None and not output.is_file():
-        pass
+        time.sleep(0.01)
     process.kill()
     process.wait()
     assert output.read_bytes().count(b"\n") < len(QUESTIONS)
