@@ -4,12 +4,12 @@ All in one process on the same model and prompts, in turn and each round from an
 is reported is the median over rounds of the ratio within a round, so that a machine which is shared
 slows both sides of it. Forwards and positions are counted where they happen, in the transformer.
 What a threshold gives is compared with one token a forward, token by token; on random weights,
-where no token is likely, that says little, so name a trained student and prompts that it knows.
+where no token is likely, that says little, so `--recite` trains a student for minutes on the texts
+that it is then asked for, and `--model` takes one that is trained.
 
     python -m benchmarks.sampler                              # random weights, a CPU: minutes
-    python -m benchmarks.teacher -o runs/benchmark/code       # a student that knows its text
-    python -m benchmarks.sampler --model runs/benchmark/code/teacher/final \
-        --prompts runs/benchmark/code/held_out.jsonl --prompt-tokens 64
+    python -m benchmarks.sampler --recite                     # minutes more, for the training
+    python -m benchmarks.sampler --model runs/student/final --prompts prompts.jsonl
     python -m benchmarks.sampler --table3 --preset real       # a GPU of 80 GB: models in turn
 
 `--table3` measures what the paper's Table 3 does (`benchmarks.table3`). It has been run at reduced
@@ -20,6 +20,7 @@ import argparse
 import json
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -28,11 +29,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from transformers import Qwen3ForCausalLM
 
 from benchmarks import table3
 from benchmarks.peak_memory import wait
 from benchmarks.published_step import Shape
+from benchmarks.recited import train_to_recite
+from benchmarks.texts import docstring_chats, train_tokenizer
 from stage2_student.sampler import GenerationSettings, Sampler, load_for_generation
 from stage2_student.sampling.prompts import read_prompts, render
 from stage2_student.sampling.reference import generate_reference
@@ -90,17 +94,47 @@ def random_subject(options: argparse.Namespace) -> Subject:
     )
 
 
+def reciting_subject(options: argparse.Namespace) -> Subject:
+    """Train a student on a few docstrings and ask it for what follows their beginnings."""
+    length = options.prompt_tokens + options.new_tokens
+    with tempfile.TemporaryDirectory() as folder:
+        texts = [chat["response"] for chat in docstring_chats()]
+        train_tokenizer(texts, options.recited_vocab_size, Path(folder))
+        tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+    encoded = [tokenizer.encode(text).ids for text in texts]
+    rows = [ids[:length] for ids in encoded if len(ids) >= length][: options.num_prompts]
+    mask_token_id = tokenizer.get_vocab_size()
+    model = train_to_recite(
+        torch.tensor(rows),
+        prompt_tokens=options.prompt_tokens,
+        mask_token_id=mask_token_id,
+        block_size=options.block_size,
+        hidden_size=options.hidden_size,
+        num_layers=options.layers,
+        steps=options.recite_steps,
+    )
+    return Subject(
+        model=model.to(options.device),
+        prompts=[row[: options.prompt_tokens] for row in rows],
+        mask_token_id=mask_token_id,
+        eos_token_id=None,
+    )
+
+
 def trained_subject(options: argparse.Namespace) -> Subject:
-    """Load a student; its prompts are lines of a file, cut to `--prompt-tokens`."""
+    """Load a student; its prompts are those of a file that are long enough, cut to one length.
+
+    Of one length, so that the reference can batch them, too.
+    """
     student = load_for_generation(options.model, device=options.device)
-    conversations = islice(read_prompts(options.prompts), options.num_prompts)
-    prompts = [
+    rendered = (
         render(student.tokenizer, each, is_raw=False, has_empty_think_block=False)
-        for each in conversations
-    ]
+        for each in read_prompts(options.prompts)
+    )
+    long_enough = (ids for ids in rendered if len(ids) >= options.prompt_tokens)
     return Subject(
         model=student.model,
-        prompts=[prompt[-options.prompt_tokens :] for prompt in prompts],
+        prompts=[ids[-options.prompt_tokens :] for ids in islice(long_enough, options.num_prompts)],
         mask_token_id=student.mask_token_id,
         eos_token_id=student.eos_token_id,
     )
@@ -218,6 +252,9 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Tokens a second of the sampler.")
     parser.add_argument("--model", help="a trained student; default: random weights")
     parser.add_argument("--prompts", type=Path, help="its prompts: a file as tide-eval takes it")
+    parser.add_argument("--recite", action="store_true", help="train a student on its answers")
+    parser.add_argument("--recite-steps", type=int, default=150)
+    parser.add_argument("--recited-vocab-size", type=int, default=1024)
     parser.add_argument("--hidden-size", type=int, default=256, help="of random weights (256)")
     parser.add_argument("--layers", type=int, default=4, help="of random weights (4)")
     parser.add_argument("--vocab-size", type=int, default=4096, help="of random weights (4,096)")
@@ -239,6 +276,8 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
+    if options.recite:
+        options.block_origin = "sequence_start"  # as it is trained
     if (options.model is None) != (options.prompts is None):
         parser.error("--model and --prompts go together")
     return options
@@ -251,14 +290,16 @@ def main() -> None:
     if options.table3:
         table3.main(options)
         return
-    subject = random_subject(options) if options.model is None else trained_subject(options)
+    kind = "recite" if options.recite else "random" if options.model is None else "trained"
+    make = {"recite": reciting_subject, "random": random_subject, "trained": trained_subject}
+    subject = make[kind](options)
     facts = {
         "device": options.device,
         "threads": options.threads,
         "parameters": sum(p.numel() for p in subject.model.parameters()),
         "prompts": len(subject.prompts),
         "prompt_tokens": sum(map(len, subject.prompts)),
-        "weights": "random" if options.model is None else "trained",
+        "weights": kind,
     }
     found = measure(subject, make_variants(subject, options), options.repeats)
     if options.json:

@@ -14,6 +14,7 @@ Capture is the one thing that needs a GPU. What is captured, and the bookkeeping
 Shapes: B rows of the batch, Q slots computed, S slots seen, D hidden.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ from stage2_student.sampling.layout import BatchLayout
 if TYPE_CHECKING:
     from transformers import Qwen3ForCausalLM
 
+logger = logging.getLogger(__name__)
 _BUCKET = 128  # slots
 
 # Takes a function without arguments and returns what repeats it.
@@ -168,8 +170,20 @@ class _StaticStep:
     def run(self) -> None:
         """Compute `hidden_BQD` from the buffers."""
         if self._replay is None:
-            self._replay = self._capture(self._step)
+            self._replay = self._captured()
         self._replay()
+
+    def _captured(self) -> Callable[[], None]:
+        """Capture the step; where that fails, say so and run it as it is from then on."""
+        try:
+            return self._capture(self._step)
+        except RuntimeError as error:
+            logger.warning(
+                "a step of %d slots could not be captured (%s): it runs without a graph, slower",
+                self.ids_BQ.shape[1],
+                str(error).splitlines()[0],
+            )
+            return self._step
 
     def _step(self) -> None:
         self._cache.place = self._place

@@ -340,6 +340,23 @@ def test_a_shape_is_captured_once_and_kept_for_later_batches(model: Qwen3ForCaus
     assert [answer.ids for answer in found] == expected
 
 
+def test_a_step_that_cannot_be_captured_is_run_and_said(
+    model: Qwen3ForCausalLM, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(step: Callable[[], None]) -> Callable[[], None]:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    prompts = random_prompts((9, 13))
+    settings = {"max_new_tokens": 24, "block_size": 8}
+    found = _sampler(model, settings, eos_token_id=None, capture=refuse).generate(prompts)
+    assert [a.ids for a in found] == [
+        a.ids for a in _sampler(model, settings, eos_token_id=None).generate(prompts)
+    ]
+    said = [record.message for record in caplog.records]
+    assert len(said) == 2  # one a shape
+    assert "a step of 8 slots could not be captured (operation not permitted" in said[0]
+
+
 def test_eager_attention_will_do_and_comes_back(model: Qwen3ForCausalLM) -> None:
     eager = tiny_model("eager").train()
     prompts = random_prompts((5, 9))

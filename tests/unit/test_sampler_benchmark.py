@@ -4,9 +4,12 @@ from argparse import Namespace
 from dataclasses import replace
 
 import pytest
+import torch
 
 from benchmarks import table3
+from benchmarks.recited import train_to_recite
 from benchmarks.sampler import make_variants, measure, random_subject
+from stage2_student.sampler import GenerationSettings, Sampler
 
 OPTIONS = {
     "hidden_size": 64,
@@ -51,8 +54,6 @@ def test_table_3_runs_every_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_table_3_at_its_real_sizes_has_the_published_parameters() -> None:
-    import torch
-
     counted = {}
     for name, shape in table3.PRESETS["real"].items():
         model = shape.build(dtype=torch.bfloat16, device=torch.device("meta"))
@@ -60,3 +61,23 @@ def test_table_3_at_its_real_sizes_has_the_published_parameters() -> None:
     assert counted["student"] == pytest.approx(0.6e9, rel=0.01)
     assert counted["wedlm-8b"] == pytest.approx(8.2e9, rel=0.01)
     assert counted["llada2-mini"] == pytest.approx(16.26e9, rel=0.01)
+
+
+def test_what_was_learnt_by_heart_is_recited_in_a_forward_a_block() -> None:
+    rows = torch.randint(0, 30, (3, 24), generator=torch.Generator().manual_seed(2))
+    model = train_to_recite(
+        rows,
+        prompt_tokens=5,
+        mask_token_id=30,
+        block_size=8,
+        hidden_size=64,
+        num_layers=2,
+        steps=120,
+    )
+    settings = GenerationSettings(
+        max_new_tokens=19, block_size=8, block_origin="sequence_start", threshold=0.5
+    )
+    sampler = Sampler(model, mask_token_id=30, eos_token_id=None, settings=settings)
+    answers = sampler.generate(rows[:, :5].tolist())
+    assert [answer.ids for answer in answers] == rows[:, 5:].tolist()
+    assert sum(answer.num_forwards for answer in answers) < 15  # 57 at one token a forward
