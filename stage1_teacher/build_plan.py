@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from stage1_teacher.calibrate import CalibrationPlan, plan_calibration
-from stage1_teacher.card_license import card_license
+from tide_cache.card_license import card_license
 from stage1_teacher.payload_config import BuildConfig, CandidatesConfig
 from stage1_teacher.settings import Setting
 from stage1_teacher.teachers.base import TeacherConfig, TeacherIdentity
