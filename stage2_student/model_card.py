@@ -42,11 +42,22 @@ def model_card(
     dtype: str,
     block_size: int | None,
     mask_token_id: int | None,
+    has_tokenizer: bool = True,
     scores: Sequence[Score] = (),
 ) -> str:
     """Return the card of a student; `load_from` is the name by which its readers load it."""
     front = yaml.safe_dump(_front(record), sort_keys=True, allow_unicode=True).strip()
-    loading = _loading(load_from, dtype, block_size, mask_token_id)
+    blocks = "not recorded" if block_size is None else f"{block_size} tokens"
+    mask = "the tokenizer's" if mask_token_id is None else str(mask_token_id)
+    loading = [
+        *_loading(load_from, has_tokenizer=has_tokenizer),
+        f"- weights: {as_words(dtype)}, safetensors; block size: {blocks}; mask token id: {mask}",
+        "- logits stand at the position that they predict (no shift)",
+        "- every position sees all others unless `attention_mask` says otherwise: (rows, keys)",
+        "  hides padding, (rows or 1, 1, queries, keys) is taken as it is; block diffusion lets",
+        "  each position see its own block and those before",
+        "",
+    ]
     if record is None:
         parts = [
             *("# Block-diffusion student", ""),
@@ -89,6 +100,7 @@ def write_card(
         dtype=values["dtype"],
         block_size=values["block_size"],
         mask_token_id=values["mask_token_id"],
+        has_tokenizer=(folder / "tokenizer.json").is_file(),
         scores=scores,
     )
     (folder / CARD).write_text(card, encoding="utf-8")
@@ -150,43 +162,23 @@ def _title(record: TrainingRecord | None) -> list[str]:
     ]
 
 
-def _loading(
-    load_from: str, dtype: str, block_size: int | None, mask_token_id: int | None
-) -> list[str]:
-    blocks = "not recorded" if block_size is None else f"{block_size} tokens"
-    mask = "the tokenizer's" if mask_token_id is None else str(mask_token_id)
+def _loading(load_from: str, *, has_tokenizer: bool) -> list[str]:
     name = "".join(letter for letter in load_from if letter not in '"\\`\n')
+    tokenizer = "tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)"
     return [
         "## Loading it",
         "",
         "```python",
-        "from transformers import AutoModelForMaskedLM, AutoTokenizer",
+        f"from transformers import AutoModelForMaskedLM{', AutoTokenizer' * has_tokenizer}",
         "",
         f'name = "{name}"',
-        "tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)",
+        *[tokenizer for _ in range(has_tokenizer)],
         "model = AutoModelForMaskedLM.from_pretrained(name, trust_remote_code=True)",
         "```",
         "",
         "transformers 4.57 or 5.x. `trust_remote_code=True` runs `modeling_a2d_qwen3.py` of this",
         "folder: Qwen3 without its causal mask, short enough to be read before. Without that",
         "trust, the weights load into the stock `Qwen3ForCausalLM`, to be given explicit masks.",
-        "",
-        f"- weights: {as_words(dtype)}, safetensors",
-        f"- block size: {blocks}; mask token id: {mask}",
-        "- logits stand at the position that they predict (no shift)",
-        "- every position sees all others unless `attention_mask` says otherwise: (rows, keys)",
-        "  hides padding, (rows or 1, 1, queries, keys) is taken as it is; block diffusion lets",
-        "  each position see its own block and those before",
-        "",
-    ]
-
-
-def _no_record(record: TrainingRecord | None) -> list[str]:
-    if record is not None:
-        return []
-    return [
-        "Nothing was recorded of how this student was trained, on what, or under which",
-        "licences.",
         "",
     ]
 
