@@ -8,7 +8,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from tide_cache.errors import ConfigError, FormatError
 
@@ -77,5 +77,5 @@ def _scores(task: str, metrics: dict[str, Any], num_shots: Any) -> list[Score]:
     return found
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

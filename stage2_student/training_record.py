@@ -184,7 +184,7 @@ def _public(value: Any, key: str = "") -> Any:
 
 def _describe_set(cache: Cache) -> SetRecord:
     manifest = cache.manifest
-    is_cache = isinstance(manifest, CacheManifest)
+    built = manifest if isinstance(manifest, CacheManifest) else None
     return SetRecord(
         name=public_name(cache.url),
         identity=cache.identity,
@@ -195,10 +195,10 @@ def _describe_set(cache: Cache) -> SetRecord:
         num_masked_positions=manifest.counts.get("num_masked_positions", 0),
         alignment=manifest.alignment,
         block_size=manifest.block_size,
-        comp_demo=isinstance(manifest, CacheManifest) and manifest.comp_demo,
-        payloads=tuple(map(describe_payload, manifest.payloads if is_cache else ())),
-        fidelity=tuple(map(describe_fidelity, manifest.fidelity if is_cache else ())),
-        teacher=_describe_teacher(manifest) if is_cache else None,
+        comp_demo=built is not None and built.comp_demo,
+        payloads=tuple(map(describe_payload, built.payloads if built else ())),
+        fidelity=tuple(map(describe_fidelity, built.fidelity if built else ())),
+        teacher=None if built is None else _describe_teacher(built),
         sources=tuple(
             source.model_copy(update={"name": public_name(source.name)})
             for source in manifest.sources

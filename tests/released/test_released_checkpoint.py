@@ -64,7 +64,7 @@ def environments() -> dict[str, Path | None]:
     folders = (
         [Path(folder) for folder in given.split(":")]
         if given
-        else sorted(PROJECT_ROOT.glob(".venv-transformers-*"))
+        else sorted(mark.parent for mark in PROJECT_ROOT.glob(".venv-transformers-*/.installed"))
     )
     found: dict[str, Path | None] = {f.name: f / "bin/python" for f in folders}
     return {INSTALLED: Path(sys.executable), **(found or {"separate": None})}
