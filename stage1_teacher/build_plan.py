@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from stage1_teacher.calibrate import CalibrationPlan, plan_calibration
-from stage1_teacher.card_license import card_license
 from stage1_teacher.payload_config import BuildConfig, CandidatesConfig
 from stage1_teacher.settings import Setting
 from stage1_teacher.teachers.base import TeacherConfig, TeacherIdentity
@@ -22,6 +21,7 @@ from stage1_teacher.teachers.identity import identify_teacher
 from stage1_teacher.tokenizers import load_tokenizer, tokenizer_facts
 from tide_cache import provenance
 from tide_cache.cache import Cache
+from tide_cache.card_license import card_license
 from tide_cache.errors import CompatibilityError, ConfigError, DataError
 from tide_cache.manifest import (
     CacheHeader,

@@ -21,10 +21,10 @@ from datasets.packaged_modules.csv.csv import CsvConfig
 from datasets.packaged_modules.json.json import JsonConfig
 from huggingface_hub import hf_hub_download
 
-from stage1_teacher.card_license import card_license
 from stage1_teacher.conversations import text_columns
 from stage1_teacher.mixture import SourceConfig, file_kind, is_hub_name
 from stage1_teacher.source_errors import empty_source, explained, missing_path, summary
+from tide_cache.card_license import card_license
 from tide_cache.errors import ConfigError, DataError, did_you_mean
 
 logger = logging.getLogger(__name__)

@@ -1,7 +1,8 @@
-"""The `tide-train` command: one config, one cache, one student.
+"""The `tide-train` command: one config, one cache, one student; and `tide-train export`.
 
-Torch is imported after the arguments are read, so that `--help` and a misspelt option answer at
-once, and its absence is one line with the install command.
+Training needs no word for itself: what is no command's name is a config. Torch is imported after
+the arguments are read, so that `--help` and a misspelt option answer at once, and its absence is
+one line with the install command.
 """
 
 import json
@@ -12,17 +13,43 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperGroup
 
+from stage2_student.export_cli import export
 from tide_cache.cli import INSTALL_HINT, make_app, run
 from tide_cache.errors import TideError
 
 if TYPE_CHECKING:
     from stage2_student.config import TrainConfig
 
-app = make_app("tide-train", "Train a student from a teacher cache.")
+_TRAIN = "train"
+_PACKAGES = ("torch", "transformers", "accelerate", "safetensors")
 
 
-@app.command()
+class _TrainUnlessNamed(TyperGroup):
+    """Takes arguments that begin with no command's name as those of `train`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] != "--help" and args[0] not in self.commands:
+            args = [_TRAIN, *args]
+        parsed: list[str] = super().parse_args(ctx, args)
+        return parsed
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        super().format_help(ctx, formatter)
+        train = self.commands[_TRAIN]
+        train.format_help(type(ctx)(train, info_name=ctx.command_path), formatter)
+
+
+app = make_app("tide-train", "Train a student from a teacher cache, and hand it on.")
+
+
+@app.callback(cls=_TrainUnlessNamed)
+def _commands() -> None:
+    """Train a student from a teacher cache ('train' may be left out), and hand it on."""
+
+
+@app.command(_TRAIN)
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file, see examples/.")],
     cache: Annotated[
@@ -64,21 +91,16 @@ def train(
 
     accelerate launch --num_processes 8 -m stage2_student student.yaml --cache runs/cache
     """
-    try:
-        train_config = _read(config, overrides or [])
-        if public_key is not None:
-            _require_signatures(cache, public_key)
-        if plan:
-            _plan(train_config, cache, gpu_memory, json_output)
-        else:
-            _run(train_config, cache, resume, dry_run, json_output)
-    except ModuleNotFoundError as error:
-        if error.name not in ("torch", "transformers", "accelerate", "safetensors"):
-            raise
-        raise TideError(
-            f"tide-train needs {error.name}, which is not installed",
-            hint=INSTALL_HINT["stage2_student"],
-        ) from error
+    train_config = _read(config, overrides or [])
+    if public_key is not None:
+        _require_signatures(cache, public_key)
+    if plan:
+        _plan(train_config, cache, gpu_memory, json_output)
+    else:
+        _run(train_config, cache, resume, dry_run, json_output)
+
+
+app.command("export")(export)
 
 
 def _read(path: Path, overrides: list[str]) -> "TrainConfig":
@@ -146,4 +168,16 @@ def _text(value: Any) -> str:
 
 def main() -> None:
     """Run `tide-train`."""
-    run(app)
+    run(_run_app)
+
+
+def _run_app() -> None:
+    try:
+        app()
+    except ModuleNotFoundError as error:
+        if error.name not in _PACKAGES:
+            raise
+        raise TideError(
+            f"tide-train needs {error.name}, which is not installed",
+            hint=INSTALL_HINT["stage2_student"],
+        ) from error

@@ -27,6 +27,7 @@ FREE_KEYS = (
     "student.attention",
     "student.activation_checkpointing",
     "student.compile",
+    "student.license",
     "stream.micro_batch_size",
     "stream.workers",
     "stream.prefetch",

@@ -1,15 +1,22 @@
 """A block-diffusion Qwen3 as `AutoModelForMaskedLM` loads it (model type `a2d-qwen3`).
 
-This file travels with saved students as their modeling code, so it imports transformers alone and
-runs on 4.57 and 5.x. The model is Qwen3 without the causal mask: every position sees all others
-unless `attention_mask` says otherwise. A mask (rows, keys) hides padding; a mask (rows or 1, 1,
-queries, keys) is taken as it is, which is how block diffusion passes its layout.
+This file travels with saved students as their modeling code, so beside torch it imports
+transformers alone and runs on 4.57 and 5.x. The model is Qwen3 without the causal mask: every
+position sees all others unless `attention_mask` says otherwise. A mask (rows, keys) hides padding;
+a mask (rows or 1, 1, queries, keys) is taken as it is, which is how block diffusion passes its
+layout.
 """
 
+import inspect
 from typing import Any
 
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
+
+# Keys and values of earlier calls: transformers 5.24 gave `past_key_values` another name.
+_LATER_NAME = "cache"
+_NAMES = inspect.signature(Qwen3Model.forward).parameters
+_PAST = _LATER_NAME if _LATER_NAME in _NAMES else "past_key_values"
 
 
 class A2DQwen3Config(Qwen3Config):  # type: ignore[misc]
@@ -34,20 +41,22 @@ class A2DQwen3Model(Qwen3Model):  # type: ignore[misc]
         **options: Any,
     ) -> Any:
         """Run the layers; `attention_mask` as the module says, or Qwen3's own dict of masks."""
+        later = options.pop(_LATER_NAME, None)
+        past = later if past_key_values is None else past_key_values
         if not isinstance(attention_mask, dict):
             tokens = input_ids if input_ids is not None else inputs_embeds
             if tokens is None:
                 raise ValueError("give input_ids or inputs_embeds")
-            num_past = 0 if past_key_values is None else past_key_values.get_seq_length()
+            num_past = 0 if past is None else past.get_seq_length()
             mask = self._explicit_mask(attention_mask, tokens, num_past)
             attention_mask = dict.fromkeys(("full_attention", "sliding_attention"), mask)
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **{_PAST: past},
             **options,
         )
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 RELEASED_MODEL_TYPE = "a2d-qwen3"
 WEIGHTS_FILE = "model.safetensors"
-_MODELING_FILE = "modeling_a2d_qwen3.py"
+MODELING_FILE = "modeling_a2d_qwen3.py"
 _AUTO_MAP = {
     "AutoConfig": "A2DQwen3Config",
     "AutoModel": "A2DQwen3Model",
@@ -50,7 +50,7 @@ def save_released(
     config = released_config(model.config, dtype=model.dtype)
     config |= {"block_size": block_size, "mask_token_id": mask_token_id}
     (folder / "config.json").write_bytes(pretty_json(config))
-    shutil.copyfile(str(modeling_a2d_qwen3.__file__), folder / _MODELING_FILE)
+    shutil.copyfile(str(modeling_a2d_qwen3.__file__), folder / MODELING_FILE)
     save_file(tensors or weights(model), folder / WEIGHTS_FILE, metadata={"format": "pt"})
     # safetensors makes files that only their owner may read; folders are handed on.
     shutil.copymode(folder / "config.json", folder / WEIGHTS_FILE)
@@ -62,7 +62,7 @@ def released_config(config: "Qwen3Config", *, dtype: torch.dtype) -> dict[str, A
     """Return the released `config.json` of a stock Qwen3 config."""
     values: dict[str, Any] = config.to_dict()
     values.pop("_name_or_path", None)  # a path of this machine
-    module = Path(_MODELING_FILE).stem
+    module = Path(MODELING_FILE).stem
     theta = (values.get("rope_parameters") or {}).get("rope_theta", 1e6)
     # `dtype` is read by 5.x, `torch_dtype` by older releases.
     dtype_name = str(dtype).removeprefix("torch.")
@@ -78,10 +78,22 @@ def released_config(config: "Qwen3Config", *, dtype: torch.dtype) -> dict[str, A
 
 def _save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
     tokenizer.save_pretrained(folder)
-    # 5.x writes class names of its own; this one means "as tokenizer.json says" in both.
+    make_tokenizer_portable(folder)
+
+
+def make_tokenizer_portable(folder: Path) -> None:
+    """Rewrite `tokenizer_config.json` as 5.x wrote it into what 4.57 reads as well.
+
+    5.x writes class names of its own, and special tokens without a role as a list under a key for
+    which 4.57 expects a mapping and breaks.
+    """
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # as tokenizer.json says, in both
+    extra = settings.get("extra_special_tokens")
+    if isinstance(extra, list):
+        del settings["extra_special_tokens"]
+        settings["additional_special_tokens"] = extra
     path.write_bytes(pretty_json(settings))
 
 

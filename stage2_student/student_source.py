@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 
 from stage2_student.attention import Attention
 from stage2_student.released_format import RELEASED_MODEL_TYPE
+from tide_cache.card_license import card_license
 from tide_cache.config import StrictModel
 from tide_cache.errors import CompatibilityError, ConfigError, FormatError
 from tide_cache.tokenizer_hash import tokenizer_sha256
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 RANDOM = "random"
 _MODEL_TYPES = (RELEASED_MODEL_TYPE, "qwen3")
-_SMALL_FILES = ("*.json", "*.jinja", "*.txt")
+_SMALL_FILES = ("*.json", "*.jinja", "*.txt", "README.md")
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 
 
@@ -74,6 +75,9 @@ class StudentConfig(StrictModel):
         "then saved 0 to 8 % of a step; not measured on a GPU)",
     )
     block_size: int | None = Field(None, ge=1, description="default: what the cache says")
+    license: str | None = Field(
+        None, description="of the weights of init, for the model card; default: what its card says"
+    )
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
@@ -88,8 +92,8 @@ class StudentConfig(StrictModel):
 class StudentSource:
     """A student before its weights. `folder` is None for `init: random`.
 
-    `needs_mask_row`: its embedding of the mask token was never trained. `block_size` is what the
-    checkpoint says of itself, if anything.
+    `needs_mask_row`: its embedding of the mask token was never trained. `block_size` and `license`
+    are what the checkpoint says of itself, if anything.
     """
 
     name: str
@@ -101,6 +105,7 @@ class StudentSource:
     mask_token_id: int
     needs_mask_row: bool
     block_size: int | None
+    license: str | None
 
     @property
     def num_embedding_rows(self) -> int:
@@ -134,6 +139,7 @@ def open_student(config: StudentConfig) -> StudentSource:
         mask_token_id=mask_token_id,
         needs_mask_row=folder is not None and values["model_type"] != RELEASED_MODEL_TYPE,
         block_size=config.block_size or values.get("block_size"),
+        license=config.license or (None if folder is None else card_license(folder)),
     )
 
 

@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +24,7 @@ from stage2_student.compatibility import teacher_reading
 from stage2_student.config import TrainConfig
 from stage2_student.evaluate import Evaluation, evaluate
 from stage2_student.metrics import METRICS_FILE, MetricsFile, Tracker, open_trackers
+from stage2_student.model_card import write_card
 from stage2_student.optimizer import load_optimizer, optimizer_tensors, save_optimizer
 from stage2_student.plan import OpenRun, open_run
 from stage2_student.progress import NoProgress, TrainProgress
@@ -34,6 +34,7 @@ from stage2_student.step_report import Meter, peak_memory_bytes, step_metrics
 from stage2_student.stream import StepBatches, StepStream, StreamState
 from stage2_student.student import Student, load_model, load_student
 from stage2_student.student_source import read_model_config
+from stage2_student.training_record import make_record, write_record
 from stage2_student.update import StepCounts, StepOutcome, Updater, make_accelerator
 from tide_cache.canonical import pretty_json
 from tide_cache.errors import TideError
@@ -122,7 +123,9 @@ class Trainer:
         self.stream = self._open_stream()
         self.metrics_file = MetricsFile(self.output / METRICS_FILE)
         self.trackers: list[Tracker] = []
+        self.last_metrics: dict[str, Any] = {}
         self.last_evaluation: Evaluation | None = None
+        self.evaluated_step = -1
 
     @property
     def is_main(self) -> bool:
@@ -134,7 +137,6 @@ class Trainer:
         began_s = time.monotonic()
         self._begin()
         meter = Meter(self.stream, self.accelerator.device)
-        last: dict[str, Any] = {}
         steps = self.stream.steps(self.first_step, self.run.max_steps)
         try:
             for work in steps:
@@ -143,14 +145,14 @@ class Trainer:
                 outcome = self.updater.update(work, counts, wants_insight=reports)
                 meter.add(counts.num_tokens)
                 if reports:
-                    last = self._report_step(work, counts, outcome, meter)
+                    self._report_step(work, counts, outcome, meter)
                 self._after_step(work.rows.step + 1)
         finally:
             steps.close()
             self.progress.close()
             for tracker in self.trackers:
                 tracker.close()
-        return self._finish(last, time.monotonic() - began_s, meter)
+        return self._finish(time.monotonic() - began_s, meter)
 
     def _saves(self, done: int) -> bool:
         return done == self.run.max_steps or done % self.config.checkpoints.every == 0
@@ -160,7 +162,7 @@ class Trainer:
 
     def _report_step(
         self, work: StepBatches, counts: StepCounts, outcome: StepOutcome, meter: Meter
-    ) -> dict[str, Any]:
+    ) -> None:
         metrics = step_metrics(
             work,
             counts,
@@ -173,7 +175,7 @@ class Trainer:
         self._require_finite(metrics)
         self._report(metrics["step"], metrics)
         self.progress.update(metrics["step"], metrics["loss"], metrics["tokens_per_s"])
-        return metrics
+        self.last_metrics = metrics
 
     def _after_step(self, done: int) -> None:
         """Evaluate and save where it is time."""
@@ -196,16 +198,17 @@ class Trainer:
         )
 
     def _evaluate(self, done: int) -> None:
-        self._measure()
+        self._measure(done)
         if self.last_evaluation is not None:
             self._report(done, {"step": done, **self.last_evaluation.as_metrics()})
         self.accelerator.wait_for_everyone()
 
-    def _measure(self) -> None:
+    def _measure(self, done: int) -> None:
         cache, config = self.run.evaluation_cache, self.config.evaluation
         # Where weights are spread over ranks none can measure alone.
         if cache is None or not (self.is_main or self.updater.is_sharded):
             return
+        self.evaluated_step = done
         self.last_evaluation = evaluate(
             self.student,
             cache,
@@ -226,7 +229,7 @@ class Trainer:
 
     def _save(self, done: int) -> None:
         if self.is_main or self.updater.is_sharded:
-            student = self._student_writer()
+            student = self._student_writer(done)
             state = optimizer_tensors(self.updater.optimizer, self.student)
         if self.is_main:
 
@@ -244,16 +247,31 @@ class Trainer:
             )
         self.accelerator.wait_for_everyone()
 
-    def _student_writer(self) -> Callable[[Path], None]:
-        """Gather the weights, and return what writes them into a folder."""
-        return partial(
-            save_released,
-            self.student.model,
-            self.run.source.tokenizer,
-            block_size=self.run.cache.manifest.block_size,
-            mask_token_id=self.run.source.mask_token_id,
-            tensors=weights(self.student.model),
-        )
+    def _student_writer(self, done: int, *, with_card: bool = False) -> Callable[[Path], None]:
+        """Gather the weights, and return what writes the student into a folder."""
+        tensors = weights(self.student.model)
+
+        def write(folder: Path) -> None:
+            save_released(
+                self.student.model,
+                self.run.source.tokenizer,
+                folder,
+                block_size=self.run.cache.manifest.block_size,
+                mask_token_id=self.run.source.mask_token_id,
+                tensors=tensors,
+            )
+            record = make_record(
+                self.run,
+                steps_done=done,
+                num_ranks=self.accelerator.num_processes,
+                last_metrics=self.last_metrics,
+                evaluation=self.last_evaluation if self.evaluated_step == done else None,
+            )
+            write_record(record, folder)
+            if with_card:
+                write_card(folder, record, load_from=FINAL)
+
+        return write
 
     def _begin(self) -> None:
         if self.is_main:
@@ -265,13 +283,14 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         self.progress.start(self.first_step, self.run.max_steps)
 
-    def _finish(self, last: dict[str, Any], seconds: float, meter: Meter) -> TrainSummary:
+    def _finish(self, seconds: float, meter: Meter) -> TrainSummary:
         final, path = self.output / FINAL, self.output / SUMMARY_FILE
         if self.first_step == self.run.max_steps and final.is_dir() and path.is_file():
             logger.info("%s: the run is complete already", self.output)
             return TrainSummary(**json.loads(path.read_text(encoding="utf-8")))
         if self.last_evaluation is None and self.first_step == self.run.max_steps:
-            self._measure()  # stopped between its last checkpoint and its end
+            self._measure(self.run.max_steps)  # stopped between its last checkpoint and its end
+        self.last_metrics = self.last_metrics or self._last_reported()
         summary = TrainSummary(
             output=str(self.output),
             final=str(final),
@@ -279,7 +298,7 @@ class Trainer:
             steps=self.run.max_steps,
             resumed_from_step=self.first_step,
             epochs=self.run.max_steps / self.run.order.steps_per_epoch,
-            last_metrics=last or self._last_reported(),
+            last_metrics=self.last_metrics,
             evaluation=self.last_evaluation.as_json() if self.last_evaluation else None,
             seconds=round(seconds, 3),
             stall_s=round(self.stream.stall_s, 3),
@@ -287,7 +306,7 @@ class Trainer:
             tokens_per_s=round(meter.num_tokens / seconds, 1) if seconds else 0.0,
         )
         if self.is_main or self.updater.is_sharded:
-            student = self._student_writer()
+            student = self._student_writer(self.run.max_steps, with_card=True)
         if self.is_main:
             checkpoints.publish_folder(final, student)
             path.write_bytes(pretty_json(summary.as_json()))

@@ -1,4 +1,4 @@
-"""A small server that speaks what the hub's client needs to make, fill, list and read a dataset.
+"""A small server that speaks what the hub's client needs to make, fill, list and read a repository.
 
     python -m tests.hub_servers PORT FOLDER
 
@@ -25,10 +25,11 @@ from tests.ports import wait_for_port
 from tests.support import PROJECT_ROOT
 
 _REVISION = "a" * 40
+_REPOSITORY = "lab/(?:cache|student)"
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """One dataset, `lab/cache`."""
+    """One repository: the dataset `lab/cache`, or the model `lab/student`."""
 
     protocol_version = "HTTP/1.1"
     folder: Path
@@ -37,12 +38,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         if not (self.folder / "created.json").exists():
             self._send(404, {"error": "not found"}, {"X-Error-Code": "RepoNotFound"})
-        elif path.startswith("/api/datasets/lab/cache/tree/"):
+        elif re.match(rf"/api/(datasets|models)/{_REPOSITORY}/tree/", path):
             self._send(200, [self._facts(p) for p in self._paths()])
-        elif match := re.fullmatch(r"/datasets/lab/cache/resolve/[^/]+/(.+)", path):
+        elif match := re.fullmatch(rf"(?:/datasets)?/{_REPOSITORY}/resolve/[^/]+/(.+)", path):
             self._file(match[1])
+        elif re.match(rf"/api/(datasets|models)/{_REPOSITORY}(/revision/|$)", path):
+            siblings = [{"rfilename": p} for p in self._paths()]
+            self._send(200, {"id": "lab/it", "sha": _REVISION, "siblings": siblings})
         else:
-            self._send(200, {"id": "lab/cache", "sha": _REVISION, "private": True, "siblings": []})
+            self._send(404, {"error": path}, {"X-Error-Code": "RepoNotFound"})
 
     do_HEAD = do_GET
 

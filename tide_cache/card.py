@@ -79,8 +79,9 @@ def _body(manifest: Manifest) -> list[str]:
         "## Sources",
         "",
         *[
-            f"- {_code(s.name)}: licence {_words(s.licence or 'unknown')}, {s.num_rows_taken:,} of "
-            f"{s.num_rows:,} rows taken, fingerprint {_code(s.fingerprint[:12])}"
+            f"- {as_code(s.name)}: licence {as_words(s.licence or 'unknown')}, "
+            f"{s.num_rows_taken:,} of {s.num_rows:,} rows taken, fingerprint "
+            f"{as_code(s.fingerprint[:12])}"
             for s in manifest.sources
         ],
         "",
@@ -104,15 +105,16 @@ def _contents(manifest: Manifest) -> list[str]:
         revision = "revision not given" if teacher.revision is None else teacher.revision
         payloads = ", ".join(describe_payload(payload) for payload in manifest.payloads)
         lines += [
-            f"- teacher: {_code(teacher.name)} ({_words(revision)}, weights "
-            f"{_code(teacher.weights_sha256[:12])}, {_words(teacher.dtype)}, "
-            f"{_words(teacher.attention)} attention), licence {_words(teacher_license(manifest))}",
+            f"- teacher: {as_code(teacher.name)} ({as_words(revision)}, weights "
+            f"{as_code(teacher.weights_sha256[:12])}, {as_words(teacher.dtype)}, "
+            f"{as_words(teacher.attention)} attention), licence "
+            f"{as_words(teacher_license(manifest))}",
             f"- payloads: {payloads}",
-            *[f"- fidelity: {_words(describe_fidelity(facts))}" for facts in manifest.fidelity],
+            *[f"- fidelity: {as_words(describe_fidelity(facts))}" for facts in manifest.fidelity],
         ]
     return [
         *lines,
-        f"- student tokenizer: {_code(manifest.student.name)}",
+        f"- student tokenizer: {as_code(manifest.student.name)}",
         f"- {counts.get('num_samples', 0)} samples, {manifest.num_views} views each, "
         f"{counts.get('num_masked_positions', 0)} masked positions",
     ]
@@ -131,13 +133,13 @@ def _origins(manifest: Manifest) -> list[str]:
         return []
     lines = ["", "## Made from", ""]
     for origin in manifest.origins:
-        told = f"- {_code(origin.identity[:12])}: {origin.num_samples:,} samples"
+        told = f"- {as_code(origin.identity[:12])}: {origin.num_samples:,} samples"
         if origin.num_duplicates:
             told += f", {origin.num_duplicates:,} more left out as duplicates"
         if origin.relation == "part":
             views = "all" if origin.views is None else ", ".join(map(str, origin.views))
             payloads = "all" if origin.payloads is None else ", ".join(origin.payloads)
-            told += f"; this is a part of it: views {views}, payloads {_words(payloads)}"
+            told += f"; this is a part of it: views {views}, payloads {as_words(payloads)}"
         lines.append(told)
     return lines
 
@@ -161,17 +163,18 @@ def _maker(facts: dict[str, Any]) -> str:
     )
     revision = str(facts.get("git_revision") or "unknown")[:12]
     return (
-        f"- {_code(str(facts.get('command')))}, tide-cache {_words(str(facts.get('tide_cache')))}, "
-        f"git {_words(revision)}" + (f", with {_words(told)}" if told else "")
+        f"- {as_code(str(facts.get('command')))}, tide-cache "
+        f"{as_words(str(facts.get('tide_cache')))}, git {as_words(revision)}"
+        + (f", with {as_words(told)}" if told else "")
     )
 
 
-def _code(text: str) -> str:
+def as_code(text: str) -> str:
     """Return a name of a stranger's as code, which holds no markup."""
     return f"`{' '.join(text.replace('`', chr(39)).split())}`"
 
 
-def _words(text: str) -> str:
+def as_words(text: str) -> str:
     """Return a stranger's words without what Markdown or HTML would take for markup."""
     plain = " ".join(text.split())
     return "".join(f"\\{letter}" if letter in "<>[]`|*\\" else letter for letter in plain)

@@ -66,7 +66,7 @@ def main() -> None:
     run(build_app())
 
 
-def run(app: typer.Typer) -> None:
+def run(app: Callable[[], Any]) -> None:
     """Run an app: TideErrors become one line and an exit code, everything else keeps its trace."""
     logging.basicConfig(
         level=os.environ.get("TIDE_LOG", "WARNING").upper(),

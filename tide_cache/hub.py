@@ -1,31 +1,60 @@
-"""A dataset on the Hugging Face hub to push to: one commit of files, then one of the manifest.
+"""A repository on the Hugging Face hub to push to: one commit of files, then one of the last file.
 
-A commit on the hub is whole or not at all, so the manifest's own commit, the last one, is what
-makes the set finished. Uploads go through the library's own client, which finds the token where it
-always does (`hf auth login`, HF_TOKEN) and sends of a changed file the changed parts. A dataset
-that is not there yet is made private: token ids are text, and who may read them is a decision.
+A commit on the hub is whole or not at all, so the last file's own commit (a set's manifest, a
+student's config) is what makes the whole finished. Uploads go through the library's own client,
+which finds the token where it always does (`hf auth login`, HF_TOKEN) and sends of a changed file
+the changed parts. What is not there yet is made private unless asked otherwise: token ids are text,
+and who may read them is a decision.
 """
 
 import hashlib
 import posixpath
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tide_cache.errors import ConfigError, MissingFileError, StorageError
 from tide_cache.fetch import Listed, mismatch
 from tide_cache.store import Store
 from tide_cache.transfer import OnBytes
 
-_PREFIX = "hf://datasets/"
-_MANIFEST_MESSAGE = "Manifest: the set is complete"
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RepositoryKind:
+    """What is pushed: where such repositories are, and what its commits are called."""
+
+    name: Literal["dataset", "model"]
+    prefix: str
+    files_message: str
+    last_file: str
+    last_message: str
+
+
+DATASET = RepositoryKind(
+    name="dataset",
+    prefix="hf://datasets/",
+    files_message="files of a tide-cache set",
+    last_file="manifest.json",
+    last_message="Manifest: the set is complete",
+)
+MODEL = RepositoryKind(
+    name="model",
+    prefix="hf://",
+    files_message="files of a student",
+    last_file="config.json",
+    last_message="Config: the student is complete",
+)
 
 
 class HubTarget:
-    """A dataset repository, `hf://datasets/USER/NAME[@REVISION][/FOLDER]`."""
+    """A repository, for a dataset `hf://datasets/USER/NAME[@REVISION][/FOLDER]`.
 
-    def __init__(self, url: str) -> None:
+    `private` is how it is made where it is not there yet.
+    """
+
+    def __init__(self, url: str, *, kind: RepositoryKind = DATASET, private: bool = True) -> None:
         try:
             import huggingface_hub
         except ImportError as error:
@@ -34,15 +63,16 @@ class HubTarget:
                 hint="pip install 'tide-cache[hub]'",
             ) from error
         self.url = url
+        self._kind, self._private = kind, private
         self._hub: Any = huggingface_hub
         self._api: Any = huggingface_hub.HfApi(library_name="tide-cache")
-        parts = url.removeprefix(_PREFIX).strip("/").split("/")
-        if not url.startswith(_PREFIX) or len(parts) < 2 or not all(parts):
-            raise ConfigError(f"{url}: expected {_PREFIX}USER/NAME")
+        parts = url.removeprefix(kind.prefix).strip("/").split("/")
+        if not url.startswith(kind.prefix) or len(parts) < 2 or not all(parts):
+            raise ConfigError(f"{url}: expected {kind.prefix}USER/NAME")
         name, _, revision = parts[1].partition("@")
         self._where = {
             "repo_id": f"{parts[0]}/{name}",
-            "repo_type": "dataset",
+            "repo_type": kind.name,
             "revision": revision or "main",
         }
         self._folder = "/".join(parts[2:])
@@ -79,13 +109,16 @@ class HubTarget:
             _check(source, facts)
         with self._explained(files[0].path):
             self._api.create_repo(
-                repo_id=self._where["repo_id"], repo_type="dataset", private=True, exist_ok=True
+                repo_id=self._where["repo_id"],
+                repo_type=self._kind.name,
+                private=self._private,
+                exist_ok=True,
             )
             self._api.upload_folder(
                 folder_path=str(root),
                 path_in_repo=self._folder or None,
                 allow_patterns=[facts.path for facts in files],
-                commit_message=f"{len(files)} files of a tide-cache set",
+                commit_message=f"{len(files)} {self._kind.files_message}",
                 **self._where,
             )
         self._forget()
@@ -97,9 +130,9 @@ class HubTarget:
             self._hub.CommitOperationAdd(path_in_repo=self._inside(path), path_or_fileobj=data)
             for path, data in small.items()
         ]
-        with self._explained("manifest.json"):
+        with self._explained(self._kind.last_file):
             self._api.create_commit(
-                operations=operations, commit_message=_MANIFEST_MESSAGE, **self._where
+                operations=operations, commit_message=self._kind.last_message, **self._where
             )
         self._forget()
 
@@ -114,7 +147,7 @@ class HubTarget:
             return
         with self._explained(paths[0]):
             self._api.create_commit(
-                operations=operations, commit_message="Files of another set", **self._where
+                operations=operations, commit_message="Files of another one", **self._where
             )
         self._forget()
 
@@ -123,7 +156,7 @@ class HubTarget:
 
     @cached_property
     def _present(self) -> dict[str, Any]:
-        """The files of the newest commit by path; none where the dataset is not there yet."""
+        """The files of the newest commit by path; none where the repository is not there yet."""
         errors = self._hub.errors
         try:
             with self._explained(""):
