@@ -1,7 +1,8 @@
-"""Benchmark scores from a results file: JSON with `results: {task: {metric: number}}`.
+"""Benchmark scores from a results file of `tide-eval run` or of lm-eval, for a model card.
 
-lm-eval writes such files. Numbers and names alone are taken. A metric may carry its filter behind a
-comma (`exact_match,strict-match`) and its standard error under `METRIC_stderr,FILTER`.
+lm-eval's files hold `results: {task: {metric: number}}`; a metric may carry its filter behind a
+comma (`exact_match,strict-match`) and its standard error under `METRIC_stderr,FILTER`. Ours hold
+one score per benchmark, in percent. Numbers and names alone are taken of either.
 """
 
 import json
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from stage2_student.benchmark_tasks.protocol import BENCHMARKS
+from stage2_student.benchmark_tasks.results import FORMAT
 from tide_cache.errors import ConfigError, FormatError
 
 _STDERR = "_stderr"
@@ -39,6 +42,8 @@ def read_results(path: Path) -> tuple[Score, ...]:
         raise ConfigError(f"{path}: cannot read it ({error.strerror})") from error
     except ValueError as error:
         raise FormatError(f"{path}: not JSON: {error}") from error
+    if isinstance(values, dict) and values.get("format") == FORMAT:
+        return _scores_of_tide_eval(values, path)
     tasks = values.get("results") if isinstance(values, dict) else None
     if not isinstance(tasks, dict):
         raise FormatError(
@@ -54,6 +59,34 @@ def read_results(path: Path) -> tuple[Score, ...]:
     ]
     if not scores:
         raise FormatError(f"{path}: results: expected at least one number, got none")
+    return tuple(scores)
+
+
+def _scores_of_tide_eval(values: dict[str, Any], path: Path) -> tuple[Score, ...]:
+    """Return one score per benchmark; where not all questions were asked, the metric says so."""
+    scores = []
+    try:
+        for found in values["benchmarks"]:
+            asked = ""
+            if found["is_limited"]:
+                asked = f", {int(found['num_samples'])} of {int(found['num_rows'])} questions"
+            benchmark = BENCHMARKS[found["task"]]
+            scores.append(
+                Score(
+                    task=benchmark.task,
+                    metric=f"{benchmark.metric}, percent{asked}",
+                    value=float(found["score"]),
+                    stderr=None if found["stderr"] is None else float(found["stderr"]),
+                    num_shots=benchmark.num_fewshot,
+                )
+            )
+    except (KeyError, TypeError, ValueError) as error:
+        raise FormatError(
+            f"{path}: benchmarks: not as 'tide-eval run' writes them ({error!r})",
+            hint="run 'tide-eval run' again",
+        ) from error
+    if not scores or not all(math.isfinite(score.value) for score in scores):
+        raise FormatError(f"{path}: benchmarks: expected at least one score, all finite")
     return tuple(scores)
 
 

@@ -19,6 +19,7 @@ from stage2_student.training_record import (
     read_record,
 )
 from tests.cache_builders import SetShape, Workshop, make_workshop
+from tests.unit.test_score_table import make_results, make_score
 from tide_cache.cache import open_cache
 from tide_cache.errors import ConfigError, FormatError, TideError
 
@@ -179,6 +180,22 @@ def test_benchmarks_of_a_results_file(record: TrainingRecord, tmp_path: Path) ->
     assert "| bbh | 3 | acc | 0.5000 |" in body
     assert "| gsm8k_cot | - | exact_match (strict-match) | 0.2500 ± 0.0100 |" in body
     assert "answers to any benchmark" not in body
+
+
+def test_benchmarks_of_our_own_results_file(record: TrainingRecord, tmp_path: Path) -> None:
+    results = make_results(make_score("gsm8k_cot", 48.25), make_score("bbh", 26.5, num_samples=7))
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(results.as_json()))
+    _, body = card_of(record, scores=read_results(path))
+    gsm8k = "exact_match,flexible-extract, percent"
+    assert f"| gsm8k_cot | 0 | {gsm8k} | 48.2500 ± 1.2500 |" in body
+    limited = "exact_match,get-answer, percent, 7 of 100 questions"
+    assert f"| bbh | 3 | {limited} | 26.5000 ± 1.2500 |" in body
+    broken = results.as_json()
+    broken["benchmarks"][0]["task"] = "surprise"
+    path.write_text(json.dumps(broken))
+    with pytest.raises(FormatError, match="benchmarks: not as 'tide-eval run' writes them"):
+        read_results(path)
 
 
 @pytest.mark.parametrize(
