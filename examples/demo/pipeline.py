@@ -7,7 +7,7 @@ stage runs again, because the product's own commands keep it.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from examples.demo.config import PipelineConfig
 from examples.demo.tasks import Split, generate_rows, write_jsonl
@@ -29,6 +29,7 @@ from tide_cache.verify import Report, verify_set
 
 # What the teacher learns from, what it is asked about, and two sets that nobody learns from.
 Part = Literal["teacher", "student", "held_out", "validation"]
+PARTS: tuple[Part, ...] = get_args(Part)
 TOKENIZERS = {"characters": CHARACTERS, "pairs": PAIRS}
 _HELD_OUT_TIMESTEPS = {"num": 1, "min": 0.49, "max": 0.51}
 
