@@ -39,6 +39,11 @@ class Method:
     published: tuple[float, ...]
 
     @property
+    def row(self) -> str:
+        """Its name among the rows of table 1, as `tide-eval run --row` takes it."""
+        return f"{self.label} ({self.pipeline})"
+
+    @property
     def published_average(self) -> float:
         """The paper's average, in %."""
         return round(sum(self.published) / len(self.published), 2)
