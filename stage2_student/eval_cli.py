@@ -3,6 +3,8 @@
 Torch is imported after the arguments are read, as in `tide-train`.
 """
 
+from stage2_student.benchmark_tasks.command import benchmark
+from stage2_student.generate_command import generate
 from tide_cache.cli import make_app, run
 
 app = make_app("tide-eval", "Generate with a student, and run the paper's benchmarks.")
@@ -11,6 +13,10 @@ app = make_app("tide-eval", "Generate with a student, and run the paper's benchm
 @app.callback()
 def _commands() -> None:
     """Keep the names of commands in the command line, however few there are."""
+
+
+app.command()(generate)
+app.command("run")(benchmark)
 
 
 def main() -> None:

@@ -16,7 +16,9 @@ from examples.demo.config import PipelineConfig
 from examples.demo.tasks import TaskRow, check, generate_rows, task_of
 from stage1_teacher.tokenizers import load_tokenizer
 from stage2_student.evaluate import evaluate
-from stage2_student.sampler import cut_at_eos, generate_reference_batch
+from stage2_student.sampling.blocks import cut_at_eos
+from stage2_student.sampling.reference import generate_reference
+from stage2_student.sampling.settings import GenerationSettings
 from stage2_student.student import Student, load_model
 from stage2_student.student_source import read_model_config
 from tide_cache.cache import open_cache
@@ -44,15 +46,16 @@ def answer_share(folder: Path, config: PipelineConfig) -> dict[str, Any]:
     model, mask_token_id = load(folder)
     tokenizer = load_tokenizer(str(folder))
     rows = asked_rows(config)
-    answers = generate_reference_batch(
+    answers = generate_reference(
         model,
         prompt_ids(rows, tokenizer),
         mask_token_id=mask_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        max_new_tokens=config.new_tokens,
-        num_steps=config.new_tokens,
-        block_size=config.masking.block_size,
-        block_origin="sequence_start",
+        settings=GenerationSettings(
+            max_new_tokens=config.new_tokens,
+            block_size=config.masking.block_size,
+            block_origin="sequence_start",
+        ),
     )
     return share_right(rows, answers, tokenizer)
 

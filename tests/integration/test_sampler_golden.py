@@ -1,4 +1,4 @@
-"""The reference sampler gives the published sampler's greedy tokens, all of them."""
+"""Both samplers, plain and fast, give the published sampler's greedy tokens, all of them."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from stage2_student.sampler import generate_reference, generate_reference_batch
+from stage2_student.sampler import Sampler
+from stage2_student.sampling.graphs import Capture, call_again
+from stage2_student.sampling.reference import generate_reference
+from stage2_student.sampling.settings import GenerationSettings
 from tests.support import find_golden
 
 MASK, EOS = 500, 511
@@ -54,34 +57,47 @@ def student(folder: Path) -> Qwen3ForCausalLM:
 def test_every_prompt_gives_the_published_tokens(
     student: Qwen3ForCausalLM, expected: dict[str, torch.Tensor], index: int
 ) -> None:
-    num_steps, max_new_tokens = expected[f"steps_new_{index}"].tolist()
-    new_ids = generate_reference(
-        student,
-        expected[f"prompt_{index}"].tolist(),
-        mask_token_id=MASK,
-        eos_token_id=EOS,
-        max_new_tokens=max_new_tokens,
-        num_steps=num_steps,
-    )
-    assert new_ids == expected[f"output_{index}"].tolist()
+    prompts, settings = [expected[f"prompt_{index}"].tolist()], _settings(expected, str(index))
+    published = expected[f"output_{index}"].tolist()
+    assert _plain(student, prompts, settings) == [published]
+    assert _fast(student, prompts, settings) == [published]
+    assert _fast(student, prompts, settings, capture=call_again) == [published]
 
 
 def test_a_batch_of_all_prompts_gives_the_published_tokens(
     student: Qwen3ForCausalLM, expected: dict[str, torch.Tensor]
 ) -> None:
-    settings = {n: tuple(t.tolist()) for n, t in expected.items() if n.startswith("steps_new_")}
-    for num_steps, max_new_tokens in sorted(set(settings.values())):
-        indices = [
-            name.removeprefix("steps_new_")
-            for name, value in settings.items()
-            if value == (num_steps, max_new_tokens)
-        ]
-        results = generate_reference_batch(
-            student,
-            [expected[f"prompt_{i}"].tolist() for i in indices],
-            mask_token_id=MASK,
-            eos_token_id=EOS,
-            max_new_tokens=max_new_tokens,
-            num_steps=num_steps,
-        )
-        assert results == [expected[f"output_{i}"].tolist() for i in indices]
+    names = [str(index) for index in _golden_prompts()]
+    assert len(names) == 12
+    for settings in {_settings(expected, name): None for name in names}:
+        alike = [name for name in names if _settings(expected, name) == settings]
+        prompts = [expected[f"prompt_{name}"].tolist() for name in alike]
+        published = [expected[f"output_{name}"].tolist() for name in alike]
+        assert _plain(student, prompts, settings) == published
+        assert _fast(student, prompts, settings) == published
+        assert _fast(student, prompts, settings, capture=call_again) == published
+
+
+def _settings(expected: dict[str, torch.Tensor], name: str) -> GenerationSettings:
+    num_steps, max_new_tokens = expected[f"steps_new_{name}"].tolist()
+    return GenerationSettings(max_new_tokens=max_new_tokens, num_steps=num_steps)
+
+
+def _plain(
+    student: Qwen3ForCausalLM, prompts: list[list[int]], settings: GenerationSettings
+) -> list[list[int]]:
+    return generate_reference(
+        student, prompts, mask_token_id=MASK, eos_token_id=EOS, settings=settings
+    )
+
+
+def _fast(
+    student: Qwen3ForCausalLM,
+    prompts: list[list[int]],
+    settings: GenerationSettings,
+    capture: Capture | None = None,
+) -> list[list[int]]:
+    sampler = Sampler(
+        student, mask_token_id=MASK, eos_token_id=EOS, settings=settings, capture=capture
+    )
+    return [answer.ids for answer in sampler.generate(prompts)]

@@ -11,52 +11,49 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
+from transformers import DynamicCache, Qwen3ForCausalLM
 
-from stage2_student.sampler import (
+from stage2_student.sampling import reference
+from stage2_student.sampling.blocks import (
     BlockOrigin,
     block_bounds,
     cut_at_eos,
-    generate_reference,
-    generate_reference_batch,
     reveal_counts,
     staircase_mask,
 )
+from stage2_student.sampling.settings import GenerationSettings
+from tests.sampling_models import EOS, MASK, VOCAB, random_prompts, tiny_model
 from tide_cache.errors import ConfigError, DataError
 from tide_cache.geometry import block_diffusion_mask
-
-VOCAB, MASK, EOS = 40, 39, 38
 
 
 @pytest.fixture(scope="module")
 def model() -> Qwen3ForCausalLM:
-    return _model("sdpa")
+    return tiny_model()
 
 
-def _model(attention: str) -> Qwen3ForCausalLM:
-    torch.manual_seed(5)
-    config = Qwen3Config(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=128,
-        initializer_range=0.4,
-        attn_implementation=attention,
+def generate_reference_batch(
+    model: Qwen3ForCausalLM,
+    prompts: list[list[int]],
+    *,
+    mask_token_id: int,
+    eos_token_id: int | None,
+    batch_size: int = 256,
+    **settings: Any,
+) -> list[list[int]]:
+    return reference.generate_reference(
+        model,
+        prompts,
+        mask_token_id=mask_token_id,
+        eos_token_id=eos_token_id,
+        settings=GenerationSettings(**settings),
+        batch_size=batch_size,
     )
-    model = Qwen3ForCausalLM(config).eval()
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.q_norm.weight.mul_(4)  # sharp attention: every position says its own
-    return model
 
 
-def _prompts(lengths: tuple[int, ...]) -> list[list[int]]:
-    random = torch.Generator().manual_seed(1)
-    return [torch.randint(0, EOS, (n,), generator=random).tolist() for n in lengths]
+def generate_reference(model: Qwen3ForCausalLM, prompt: list[int], **settings: Any) -> list[int]:
+    (new_ids,) = generate_reference_batch(model, [prompt], **settings)
+    return new_ids
 
 
 @torch.no_grad()
@@ -108,7 +105,7 @@ def test_equals_a_sampler_that_caches_keys(
     model: Qwen3ForCausalLM, prompt_length: int, reveal: int
 ) -> None:
     seen: set[int] = set()
-    for prompt in _prompts((prompt_length,) * 4):
+    for prompt in random_prompts((prompt_length,) * 4):
         ours = generate_reference(
             model,
             prompt,
@@ -124,7 +121,7 @@ def test_equals_a_sampler_that_caches_keys(
 
 
 def test_a_committed_mask_token_stays_a_mask(model: Qwen3ForCausalLM) -> None:
-    (prompt,) = _prompts((9,))
+    (prompt,) = random_prompts((9,))
     settings: dict[str, Any] = {
         "eos_token_id": None,
         "block_size": 8,
@@ -140,7 +137,7 @@ def test_a_committed_mask_token_stays_a_mask(model: Qwen3ForCausalLM) -> None:
 
 
 def test_a_batch_of_unequal_lengths_equals_one_by_one(model: Qwen3ForCausalLM) -> None:
-    prompts = _prompts((3, 9, 3, 16, 9, 3, 1))
+    prompts = random_prompts((3, 9, 3, 16, 9, 3, 1))
     plain = generate_reference_batch(
         model, prompts, mask_token_id=MASK, eos_token_id=None, max_new_tokens=20, num_steps=10
     )
@@ -164,7 +161,7 @@ def test_a_batch_of_unequal_lengths_equals_one_by_one(model: Qwen3ForCausalLM) -
 
 
 def test_block_origin_sequence_start_completes_the_prompts_block(model: Qwen3ForCausalLM) -> None:
-    (prompt,) = _prompts((13,))
+    (prompt,) = random_prompts((13,))
     new_ids = generate_reference(
         model,
         prompt,
@@ -233,7 +230,7 @@ def test_reveal_counts_commit_every_position(num_masked: int, num_steps: int) ->
 
 
 def test_temperature_draws_from_the_models_distribution(model: Qwen3ForCausalLM) -> None:
-    (prompt,) = _prompts((6,))
+    (prompt,) = random_prompts((6,))
     temperature, num_draws = 1.7, 20_000
     drawn = generate_reference_batch(
         model,
@@ -243,7 +240,7 @@ def test_temperature_draws_from_the_models_distribution(model: Qwen3ForCausalLM)
         max_new_tokens=1,
         num_steps=1,
         temperature=temperature,
-        generator=torch.Generator().manual_seed(3),
+        seed=3,
         batch_size=num_draws,
     )
     observed = torch.bincount(torch.tensor(drawn)[:, 0], minlength=VOCAB) / num_draws
@@ -258,7 +255,7 @@ def test_temperature_draws_from_the_models_distribution(model: Qwen3ForCausalLM)
     assert (observed - logits.softmax(-1)).abs().gt(tolerance).any()
 
 
-def test_temperature_is_repeatable_from_its_generator(model: Qwen3ForCausalLM) -> None:
+def test_temperature_is_repeatable_from_its_seed(model: Qwen3ForCausalLM) -> None:
     def draw(seed: int) -> list[int]:
         return generate_reference(
             model,
@@ -268,7 +265,7 @@ def test_temperature_is_repeatable_from_its_generator(model: Qwen3ForCausalLM) -
             max_new_tokens=16,
             num_steps=16,
             temperature=2.0,
-            generator=torch.Generator().manual_seed(seed),
+            seed=seed,
         )
 
     torch.manual_seed(0)
@@ -307,7 +304,10 @@ def test_cut_at_eos() -> None:
         ({"num_steps": 0}, "num_steps: expected at least 1, got 0"),
         ({"temperature": -0.5}, "temperature: expected 0 or more, got -0.5"),
         ({"temperature": math.inf}, "temperature: expected 0 or more, got inf"),
-        ({"temperature": 1.0}, "pass a torch.Generator, or temperature 0"),
+        ({"cfg_scale": -1.0}, "cfg_scale: expected 0 or more, got -1.0"),
+        ({"num_steps": None, "threshold": 1.5}, "threshold: expected a probability from 0 to 1"),
+        ({"threshold": 0.9}, "num_steps: expected none beside threshold, got 4"),
+        ({"seed": -1}, r"seed: expected 0 to 2\*\*63 - 1, got -1"),
         ({"block_origin": "prompt-end"}, r"\(did you mean 'prompt_end'\?\)"),
         ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
     ],
@@ -335,7 +335,7 @@ def test_an_empty_prompt_is_named(model: Qwen3ForCausalLM) -> None:
 def test_eager_attention_is_refused() -> None:
     with pytest.raises(ConfigError, match="load it with attn_implementation='sdpa'"):
         generate_reference(
-            _model("eager"),
+            tiny_model("eager"),
             [1],
             mask_token_id=MASK,
             eos_token_id=EOS,
