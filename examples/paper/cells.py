@@ -1,4 +1,4 @@
-"""What the paper's tables are made of: methods, the configs behind them, and the published figures.
+"""What the paper's tables are made of: methods, and the configs behind them.
 
 A cell is a config in this folder, `shared/kl` is `shared/kl.yaml`, which `tide-train` reads as it
 is; what its cache must hold stands in the same file (`build.comp_demo`). One cache with CompDemo
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from stage1_teacher.payload_config import BuildConfig
+from stage2_student.benchmark_tasks.paper_figures import paper_row
 from stage2_student.config import TrainConfig
 from tide_cache.config import load_config
 
@@ -20,23 +21,19 @@ CacheName = Literal["cache", "cache-plain"]
 FOLDER = Path(__file__).resolve().parent
 PIPELINES: tuple[PipelineName, ...] = get_args(PipelineName)
 
-# Averages over the eight benchmarks, table 1.
-PUBLISHED_AR, PUBLISHED_BD3LM = 40.91, 32.67
 AR_MODEL = "Qwen/Qwen3-0.6B"
 BD3LM_MODEL = "dllm-hub/Qwen3-0.6B-diffusion-bd3lm-v0.1"
-BENCHMARKS = ("GSM8K", "MATH", "BBH", "MMLU-Pro", "HellaSwag", "MMLU", "HumanEval", "MBPP")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Method:
-    """A distilled row of table 1. `published` are its scores in the order of `BENCHMARKS`, in %."""
+    """A distilled row of table 1: its two cells, and the student that was released of it."""
 
     pipeline: PipelineName
     label: str
     one_cache: str
     as_published: str
     released: str
-    published: tuple[float, ...]
 
     @property
     def row(self) -> str:
@@ -45,8 +42,8 @@ class Method:
 
     @property
     def published_average(self) -> float:
-        """The paper's average, in %."""
-        return round(sum(self.published) / len(self.published), 2)
+        """The paper's average over the eight benchmarks, in percent."""
+        return paper_row(self.row)["Avg"]
 
 
 METHODS = (
@@ -56,7 +53,6 @@ METHODS = (
         one_cache="shared/kl",
         as_published="shared/kl_as_published",
         released="TIDE-dllm/distill-WeDLM-KL",
-        published=(43.97, 9.40, 25.79, 13.19, 39.78, 39.57, 41.46, 31.20),
     ),
     Method(
         pipeline="shared",
@@ -64,7 +60,6 @@ METHODS = (
         one_cache="shared/tide_cross",
         as_published="shared/tide_cross_as_published",
         released="TIDE-dllm/distill-WeDLM-TIDE_Cross",
-        published=(45.03, 9.76, 26.00, 12.88, 39.50, 39.09, 42.68, 31.40),
     ),
     Method(
         pipeline="shared",
@@ -72,7 +67,6 @@ METHODS = (
         one_cache="shared/tide_shared",
         as_published="shared/tide_shared",
         released="TIDE-dllm/distill-WeDLM-TIDE_Shared",
-        published=(48.98, 11.16, 26.79, 14.48, 40.50, 39.92, 48.78, 37.80),
     ),
     Method(
         pipeline="cross",
@@ -80,7 +74,6 @@ METHODS = (
         one_cache="cross/calm",
         as_published="cross/calm_as_published",
         released="TIDE-dllm/distill-LLaDA2-CALM",
-        published=(48.60, 13.14, 24.21, 13.47, 40.42, 39.42, 43.90, 34.80),
     ),
     Method(
         pipeline="cross",
@@ -88,7 +81,6 @@ METHODS = (
         one_cache="cross/tide_shared",
         as_published="cross/tide_shared",
         released="TIDE-dllm/distill-LLaDA2-TIDE_Shared",
-        published=(49.89, 12.98, 26.85, 14.02, 39.57, 39.54, 49.39, 38.40),
     ),
     Method(
         pipeline="cross",
@@ -96,11 +88,8 @@ METHODS = (
         one_cache="cross/tide_cross",
         as_published="cross/tide_cross_as_published",
         released="TIDE-dllm/distill-LLaDA2-TIDE_Cross",
-        published=(52.24, 13.20, 27.37, 14.52, 39.88, 39.59, 48.17, 38.60),
     ),
 )
-PUBLISHED_OF_AR = (59.60, 32.40, 41.50, 24.70, 47.40, 52.80, 32.30, 36.60)
-PUBLISHED_OF_BD3LM = (45.56, 13.08, 26.32, 13.80, 39.28, 39.15, 46.34, 37.80)
 
 # Table 2, in the shared pipeline: label and cell, the whole method last.
 ABLATIONS = (

@@ -12,7 +12,7 @@ from pathlib import Path
 from transformers import Qwen3Config
 
 from examples.paper.cells import Cell, read_cell
-from examples.paper.steps import Options, Step
+from examples.paper.steps import Options, Step, overrides_of
 from stage1_teacher.gpus import Gpu
 from stage1_teacher.payload_config import BuildConfig
 from stage1_teacher.plan_cost import Machine, plan_cost
@@ -62,12 +62,12 @@ def project(step: Step, options: Options, cards: Cards, num_samples: int | None)
     if step.stage in ("build", "train") and step.pipeline is not None and step.cell is not None:
         premasked = options.output / step.pipeline / "premasked"
         if not (premasked / "manifest.json").is_file():
-            return Cost(note=f"not projected before {premasked} is prepared, which needs no GPU")
+            return Cost(note="not before its set is prepared, which needs no GPU")
         cell = read_cell(step.cell)
         if step.stage == "build":
             return _build_cost(cell, options, premasked, cards.teacher, num_samples)
         return training_cost(cell, open_cache(premasked).manifest, cards, num_samples)
-    if step.stage == "evaluate":
+    if step.stage == "evaluate" and step.command[0] == "tide-eval":
         return evaluation_cost()
     return Cost()
 
@@ -75,7 +75,7 @@ def project(step: Step, options: Options, cards: Cards, num_samples: int | None)
 def _build_cost(
     cell: Cell, options: Options, premasked: Path, machine: Machine, num_samples: int | None
 ) -> Cost:
-    overrides = [t.removeprefix("build.") for t in options.overrides if t.startswith("build.")]
+    overrides = overrides_of(options, "build", cell.pipeline)
     try:
         plan = plan_cost(
             load_config(cell.path, BuildConfig, overrides, section="build"),
@@ -123,5 +123,5 @@ def evaluation_cost() -> Cost:
     num_forwards = sum(tokens * count for tokens, count in _QUESTIONS.items())
     return Cost(
         hours=num_forwards * _SECONDS_A_FORWARD / 3600,
-        note="at most: no answer ends early, one prompt at a time, the paper's 24 ms a forward",
+        note="H100, at most: one prompt at a time, no answer ends early, 24 ms a forward",
     )

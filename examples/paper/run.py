@@ -51,12 +51,17 @@ def main(
     run_generated_code: Annotated[
         bool, typer.Option("--run-generated-code", help="HumanEval and MBPP, see tide-eval run.")
     ] = False,
+    evaluate_with: Annotated[
+        str, typer.Option(help="More options of tide-eval run, such as '--batch-size 16'.")
+    ] = "",
     launch: Annotated[
         str, typer.Option(help="What trains, such as 'accelerate launch … -m stage2_student'.")
     ] = "tide-train",
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Of prepare, build or train."),
+        typer.Option(
+            "--set", metavar="[PIPELINE.]SECTION.KEY=VALUE", help="Of prepare, build, train."
+        ),
     ] = None,
     gpu: Annotated[str, typer.Option(help="Of the build, for projections.")] = "h100",
     card: Annotated[str, typer.Option(help="Of training, for projections.")] = "rtx4090",
@@ -89,7 +94,10 @@ def main(
         released=released,
         overrides=tuple(_checked(text) for text in overrides or ()),
         launch=tuple(shlex.split(launch)),
-        evaluate=("--run-generated-code",) if run_generated_code else (),
+        evaluate=(
+            *(("--run-generated-code",) if run_generated_code else ()),
+            *shlex.split(evaluate_with),
+        ),
     )
     wanted = [_one_of(word, get_args(Stage), "--stages") for word in _words(stages)]
     steps = [step for step in plan_steps(options) if step.stage in wanted]
@@ -182,8 +190,13 @@ def _words(text: str) -> list[str]:
 
 
 def _checked(text: str) -> str:
-    if text.partition(".")[0] not in ("prepare", "build", "train"):
-        raise ConfigError(f"--set {text!r}: expected prepare., build. or train. before the key")
+    words = text.partition("=")[0].split(".")
+    section = words[1] if words[0] in PIPELINES and len(words) > 1 else words[0]
+    if section not in ("prepare", "build", "train"):
+        raise ConfigError(
+            f"--set {text!r}: expected [PIPELINE.]SECTION.KEY=VALUE with section prepare, build or "
+            f"train, got {section!r}"
+        )
     return text
 
 

@@ -29,7 +29,6 @@ from tide_cache.config import load_config
 Stage = Literal["download", "prepare", "build", "verify", "train", "evaluate", "measure"]
 Caches = Literal["one", "published", "both"]
 AR_RESULTS = "results_*.json"
-_SECTIONS = {"prepare": "prepare", "build": "build", "train": "train"}
 _RELEASED_DATA = {
     "shared": "TIDE-dllm/distill_wedlm_sft",
     "cross": "TIDE-dllm/distill_llada2_sft",
@@ -44,7 +43,8 @@ _AR_TASKS = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """What is wanted of the tables. `overrides` are SECTION.KEY=VALUE for the commands' --set.
+    """What is wanted of the tables. `overrides` are [PIPELINE.]SECTION.KEY=VALUE for the
+    commands' --set.
 
     `released` evaluates the released students instead of training; `launch` is put before the
     training command's arguments in place of `tide-train`.
@@ -139,7 +139,9 @@ def _sets(options: Options, pipeline: PipelineName) -> Iterator[Step]:
     if not cells:
         return
     config = FOLDER / pipeline / "pipeline.yaml"
-    prepare = load_config(config, PrepareConfig, _set(options, "prepare"), section="prepare")
+    prepare = load_config(
+        config, PrepareConfig, overrides_of(options, "prepare", pipeline), section="prepare"
+    )
     if prepare.published is not None:
         data = Path(prepare.published.path)
         yield Step(
@@ -154,19 +156,20 @@ def _sets(options: Options, pipeline: PipelineName) -> Iterator[Step]:
         stage="prepare",
         name=f"{pipeline}: premasked set",
         command=("tide-cache", "prepare", _relative(config), "-o", str(premasked),
-                 *_flags(options, "prepare")),
+                 *_flags(options, "prepare", pipeline)),
         pipeline=pipeline,
     )  # fmt: skip
     first_with: dict[CacheName, Cell] = {}
     for cell in cells:
         first_with.setdefault(cell.cache, cell)
-    for name, cell in sorted(first_with.items()):
+    for name, cell in sorted(first_with.items()):  # the build sections of its cells are equal
         cache = options.output / pipeline / name
         yield Step(
             stage="build",
             name=f"{pipeline}: {name}",
-            command=("tide-cache", "build", _relative(cell.path), "-p", str(premasked),
-                     "-o", str(cache), *_flags(options, "build")),
+            command=("tide-cache", "build", _relative(config if name == "cache" else cell.path),
+                     "-p", str(premasked),
+                     "-o", str(cache), *_flags(options, "build", pipeline)),
             pipeline=pipeline,
             cell=cell.name,
         )  # fmt: skip
@@ -189,7 +192,7 @@ def _train(options: Options, cell: Cell) -> Step:
             str(options.output / cell.pipeline / cell.cache),
             "--set",
             f"output={options.output / cell.name}",
-            *_flags(options, "train"),
+            *_flags(options, "train", cell.pipeline),
         ),
         pipeline=cell.pipeline,
         cell=cell.name,
@@ -290,13 +293,18 @@ def _name(model: EvaluatedModel) -> str:
     return model.label if model.pipeline is None else f"{model.pipeline}: {model.label}"
 
 
-def _set(options: Options, stage: Stage) -> list[str]:
-    prefix = f"{_SECTIONS[stage]}."
-    return [text.removeprefix(prefix) for text in options.overrides if text.startswith(prefix)]
+def overrides_of(options: Options, section: str, pipeline: PipelineName) -> list[str]:
+    """Return the KEY=VALUE of a section: those for both pipelines, then those for this one."""
+    return [
+        text.removeprefix(prefix)
+        for prefix in (f"{section}.", f"{pipeline}.{section}.")
+        for text in options.overrides
+        if text.startswith(prefix)
+    ]
 
 
-def _flags(options: Options, stage: Stage) -> Iterator[str]:
-    for text in _set(options, stage):
+def _flags(options: Options, section: str, pipeline: PipelineName) -> Iterator[str]:
+    for text in overrides_of(options, section, pipeline):
         yield from ("--set", text)
 
 
