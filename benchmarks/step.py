@@ -19,7 +19,6 @@ override them), not yet on a GPU at their own.
 """
 
 import argparse
-import ctypes
 import gc
 import json
 import statistics
@@ -27,12 +26,12 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.cached_step import TeacherSizes, cached_steps
+from benchmarks.peak_memory import peak, reset_peak, wait
 from benchmarks.published_step import (
     Material,
     PublishedCalm,
@@ -151,13 +150,13 @@ def _ratio(seconds: list[float], base: list[float]) -> float:
 
 
 def _timed(variant: Variant, device: torch.device) -> tuple[float, float]:
-    _wait(device)
+    wait(device)
     began_s = time.perf_counter()
     variant.forward_backward()
-    _wait(device)
+    wait(device)
     middle_s = time.perf_counter()
     variant.update()
-    _wait(device)
+    wait(device)
     return middle_s - began_s, time.perf_counter() - middle_s
 
 
@@ -165,40 +164,13 @@ def _peak_of(variant: Variant, device: torch.device) -> tuple[int, float]:
     """Return a whole step's peak bytes above what lay there before, and its loss."""
     variant.forward_backward()  # what is made once (states, workspaces) is not a step's
     variant.update()
-    _wait(device)
+    wait(device)
     gc.collect()
-    before = _reset_peak(device)
+    before = reset_peak(device)
     loss = variant.forward_backward()
     variant.update()
-    _wait(device)
-    return _peak(device) - before, float(loss)
-
-
-def _reset_peak(device: torch.device) -> int:
-    """Forget the peak so far and return the bytes in use now."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    ctypes.CDLL(None).malloc_trim(0)  # freed pages that the C library kept would hide a peak
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status_bytes("VmRSS")
-
-
-def _peak(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return _status_bytes("VmHWM")
-
-
-def _status_bytes(field: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    value = next(line for line in lines if line.startswith(f"{field}:"))
-    return int(value.split()[1]) * 1024
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait(device)
+    return peak(device) - before, float(loss)
 
 
 def student_shape(options: argparse.Namespace) -> Shape:
