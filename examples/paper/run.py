@@ -20,15 +20,15 @@ from examples.paper.cells import PIPELINES
 from examples.paper.markdown import table
 from examples.paper.projection import Cards, Cost, project
 from examples.paper.steps import Caches, Options, Stage, Step, plan_steps
-from examples.paper.tables import markdown, read_scores
+from examples.paper.tables import markdown, read_scores, read_table_3
 from stage1_teacher.gpus import find_gpu
 from stage1_teacher.plan_cost import Machine
 from tide_cache.canonical import pretty_json
 from tide_cache.cli import run as run_app
 from tide_cache.errors import ConfigError, TideError, did_you_mean
+from tide_cache.store import Store
 
 console = Console(stderr=True, soft_wrap=True, highlight=False)
-_TABLE_3 = "table3.json"
 
 
 def main(
@@ -69,6 +69,9 @@ def main(
     samples: Annotated[
         int | None, typer.Option(min=1, help="Project to so many samples; default: the set's.")
     ] = None,
+    preset: Annotated[
+        str, typer.Option(help="Sizes of table 3: real, or small for a look on a CPU.")
+    ] = "real",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print every command, with hours and GB; run none.")
     ] = False,
@@ -98,6 +101,7 @@ def main(
             *(("--run-generated-code",) if run_generated_code else ()),
             *shlex.split(evaluate_with),
         ),
+        preset=_one_of(preset, ("real", "small"), "--preset"),
     )
     wanted = [_one_of(word, get_args(Stage), "--stages") for word in _words(stages)]
     steps = [step for step in plan_steps(options) if step.stage in wanted]
@@ -118,12 +122,18 @@ def run_step(step: Step) -> None:
     if step.is_done:
         console.print("  done before")
         return
-    code = subprocess.run([*_program(step.command[0]), *step.command[1:]], stdout=sys.stderr)
-    if code.returncode:
+    keeps = step.stdout is not None
+    done = subprocess.run(
+        [*_program(step.command[0]), *step.command[1:]],
+        stdout=subprocess.PIPE if keeps else sys.stderr,
+    )
+    if done.returncode:
         raise TideError(
-            f"{step.stage} {step.name}: the command ended with {code.returncode}",
+            f"{step.stage} {step.name}: the command ended with {done.returncode}",
             hint="run the same command again: what is finished is kept",
         )
+    if step.stdout is not None:
+        Store(step.stdout.parent).publish(step.stdout.name, done.stdout)
 
 
 def _program(name: str) -> list[str]:
@@ -162,12 +172,12 @@ def _as_json(step: Step, cost: Cost) -> dict[str, Any]:
 
 def _print_tables(options: Options, json_output: bool) -> None:
     scored = read_scores(options)
-    third = options.output / _TABLE_3
+    third = read_table_3(options)
     figures: dict[str, Any] = {
         "models": [row.as_json() for row in scored],
-        "table_3": json.loads(third.read_text(encoding="utf-8")) if third.is_file() else None,
+        "table_3": third,
     }
-    text = markdown(scored, options)
+    text = markdown(scored, options, third)
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "figures.json").write_bytes(pretty_json(figures))
     (options.output / "tables.md").write_text(text, encoding="utf-8")

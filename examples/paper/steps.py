@@ -29,6 +29,7 @@ from tide_cache.config import load_config
 Stage = Literal["download", "prepare", "build", "verify", "train", "evaluate", "measure"]
 Caches = Literal["one", "published", "both"]
 AR_RESULTS = "results_*.json"
+TABLE_3 = "table3.json"
 _RELEASED_DATA = {
     "shared": "TIDE-dllm/distill_wedlm_sft",
     "cross": "TIDE-dllm/distill_llada2_sft",
@@ -47,7 +48,7 @@ class Options:
     commands' --set.
 
     `released` evaluates the released students instead of training; `launch` is put before the
-    training command's arguments in place of `tide-train`.
+    training command's arguments in place of `tide-train`; `preset`: sizes of table 3.
     """
 
     output: Path
@@ -58,27 +59,35 @@ class Options:
     overrides: tuple[str, ...] = ()
     launch: tuple[str, ...] = ("tide-train",)
     evaluate: tuple[str, ...] = ()
+    preset: Literal["real", "small"] = "real"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
-    """One command. `results`: where, once it is finished, lm-eval's results lie."""
+    """One command. `results`: where, once it is finished, lm-eval's results lie.
+
+    `stdout`: the file that keeps what it prints, and says that it was run.
+    """
 
     stage: Stage
     name: str
     command: tuple[str, ...]
     results: Path | None = None
+    stdout: Path | None = None
     pipeline: PipelineName | None = None
     cell: str | None = None
 
     @property
     def text(self) -> str:
         """The command as a shell reads it."""
-        return shlex.join(self.command)
+        kept = "" if self.stdout is None else f" > {shlex.quote(str(self.stdout))}"
+        return shlex.join(self.command) + kept
 
     @property
     def is_done(self) -> bool:
         """Whether running it again would do it again; all other commands know by themselves."""
+        if self.stdout is not None:
+            return self.stdout.is_file()
         return self.results is not None and any(self.results.rglob(AR_RESULTS))
 
 
@@ -236,13 +245,13 @@ def _evaluate_ar(options: Options, model: EvaluatedModel) -> Iterator[Step]:
 
 
 def _table_3(options: Options) -> Step:
-    students = [cell for cell in trained_cells(options) if cell.name == "shared/tide_shared"]
-    student = str(options.output / students[0].name / "final") if students else METHODS[2].released
+    """Return the measurement of table 3, of random weights: what they hold changes no figure."""
     return Step(
         stage="measure",
         name="table 3",
-        command=("python", "-m", "benchmarks.sampler", "--table3", "--student", student,
-                 "--output", str(options.output / "table3.json")),
+        command=("python", "-m", "benchmarks.sampler", "--table3", "--preset", options.preset,
+                 "--json"),
+        stdout=options.output / TABLE_3,
     )  # fmt: skip
 
 

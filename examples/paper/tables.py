@@ -8,12 +8,17 @@ from typing import Any
 
 from examples.paper.cells import ABLATIONS
 from examples.paper.markdown import table
-from examples.paper.steps import AR_RESULTS, EvaluatedModel, Options, evaluated_models
+from examples.paper.steps import AR_RESULTS, TABLE_3, EvaluatedModel, Options, evaluated_models
 from stage2_student.benchmark_tasks.paper_figures import SOURCE, paper_row
 from stage2_student.benchmark_tasks.protocol import BENCHMARKS
 from tide_cache.errors import FormatError
 
 _PERCENT = 100.0
+_TABLE_3_NOTE = (
+    "Random weights of the real sizes, so the student's row is the undistilled BD3LM's as well. "
+    "The paper, on an H100: student 1.4 GB, 6.25 s, 41.0 tokens/s; AR 1.2 GB, 51.3 tokens/s; "
+    "WeDLM-8B 15.5 GB; LLaDA2.0-mini 31.3 GB, 32.55 s, 7.8 tokens/s."
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,8 +57,21 @@ def read_scores(options: Options) -> list[ScoredModel]:
     ]
 
 
-def markdown(scored: Sequence[ScoredModel], options: Options) -> str:
-    """Return the tables that `options` ask for."""
+def read_table_3(options: Options) -> list[dict[str, Any]] | None:
+    """Return what `benchmarks.sampler --table3` measured, None where it did not run."""
+    path = options.output / TABLE_3
+    if not path.is_file():
+        return None
+    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    return rows
+
+
+def markdown(
+    scored: Sequence[ScoredModel],
+    options: Options,
+    table_3: Sequence[Mapping[str, Any]] | None = None,
+) -> str:
+    """Return the tables that `options` ask for; table 3 where it was measured."""
     parts = [f"Percent; in brackets the paper's ({SOURCE}). A dash: not evaluated."]
     if 1 in options.tables:
         rows = [row for row in scored if row.model.row is not None]
@@ -62,7 +80,25 @@ def markdown(scored: Sequence[ScoredModel], options: Options) -> str:
     if 2 in options.tables:
         rows = [r for r in scored if r.model.label in ablations or _is_full(r, options)]
         parts += ["## Table 2", _wide(rows)] if rows else []
+    if 3 in options.tables and table_3 is not None:
+        parts += ["## Table 3", _TABLE_3_NOTE, _third(table_3)]
     return "\n\n".join(parts) + "\n"
+
+
+def _third(rows: Sequence[Mapping[str, Any]]) -> str:
+    head = ("256 tokens, batch 1", "parameters", "peak GB", "latency s", "tokens/s", "over AR")
+    lines = [
+        [
+            row["name"],
+            f"{row['parameters']:,}",
+            f"{row['peak_bytes'] / 1e9:.1f}",
+            f"{row['latency_s']:.2f}",
+            f"{row['tokens_per_s']:.1f}",
+            f"{row['ratio_to_ar']:.2f}",
+        ]
+        for row in rows
+    ]
+    return table(head, lines)
 
 
 def _is_full(row: ScoredModel, options: Options) -> bool:

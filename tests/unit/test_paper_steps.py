@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from examples.paper.cells import FOLDER
 from examples.paper.projection import training_flops
 from examples.paper.run import run_step
 from examples.paper.steps import Options, Step, evaluated_models, plan_steps
-from examples.paper.tables import markdown, read_scores
+from examples.paper.tables import markdown, read_scores, read_table_3
 from stage1_teacher.payload_config import BuildConfig
 from stage2_student.benchmark_tasks.protocol import BENCHMARKS
 from stage2_student.config import TrainConfig
@@ -196,6 +197,27 @@ def test_training_operations_of_a_small_student_are_those_that_torch_counts() ->
     # 32 tokens are both halves of 16 positions, and the head reads all of them.
     counted = training_flops(model_size(config), num_positions=16, num_masked=32)
     assert counter.get_total_flops() == pytest.approx(counted, rel=0.05)
+
+
+def test_table_3_is_measured_once_and_its_output_kept(tmp_path: Path) -> None:
+    (step,) = (s for s in plan_steps(Options(output=tmp_path, tables=(3,))) if s.stage == "measure")
+    assert step.text.endswith(f"--table3 --preset real --json > {tmp_path / 'table3.json'}")
+    row = {
+        "name": "student, fast sampler",
+        "parameters": 596049920,
+        "peak_bytes": 1.4e9,
+        "latency_s": 6.25,
+        "tokens_per_s": 40.96,
+        "ratio_to_ar": 0.8,
+    }
+    program = f"print({json.dumps(json.dumps([row]))})"
+    run_step(replace(step, command=("python", "-c", program)))
+    run_step(replace(step, command=("python", "-c", "raise SystemExit(3)")))  # done before
+    options = Options(output=tmp_path, tables=(3,))
+    rows = read_table_3(options)
+    assert rows == [row]
+    text = " ".join(markdown([], options, rows).replace("|", " ").split())
+    assert "student, fast sampler 596,049,920 1.4 6.25 41.0 0.80" in text
 
 
 def test_the_sizes_for_projections_hold_no_more_than_a_config() -> None:
