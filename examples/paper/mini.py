@@ -25,7 +25,7 @@ from examples.demo.measure import answer_share, measure
 from examples.demo.pipeline import PARTS, Pipeline
 from examples.paper.cells import PipelineName, read_cell
 from examples.paper.mini_config import MiniConfig, read_mini
-from examples.paper.mini_figures import figures_of
+from examples.paper.mini_figures import Tried, chosen_weights, figures_of
 from examples.paper.mini_report import markdown
 from examples.paper.mini_runs import (
     AR_CELL,
@@ -65,11 +65,11 @@ class Mini:
         """Run all stages and return the figures."""
         torch.set_num_threads(1)
         teachers = {name: self._make_sets(name) for name in self.pipelines}
-        weights = self._choose_weights()
-        runs = reported_runs(self.config, weights)
+        tried = self._try_weights()
+        runs = reported_runs(self.config, chosen_weights(tried))
         with self.stage("students", "tide-train, once per cell, weight and seed"):
             measured = self._train(runs)
-        return figures_of(measured, teachers=teachers, weights=weights, seconds=self.seconds)
+        return figures_of(measured, teachers=teachers, tried=tried, seconds=self.seconds)
 
     @contextmanager
     def stage(self, name: str, does: str) -> Iterator[None]:
@@ -110,12 +110,15 @@ class Mini:
         Store(pipeline.folder).publish(_TEACHER_FILE, pretty_json(found))
         return found
 
-    def _choose_weights(self) -> dict[str, float]:
-        """Return by cell the weight of the grid with the lowest NLL on validation prompts."""
+    def _try_weights(self) -> Tried:
+        """Return by cell the NLL on validation prompts of each weight of the grid."""
         runs = choosing_runs(self.config)
         with self.stage("weights", f"{len(runs)} students, measured on validation prompts"):
             measured = self._train(runs)
-        return chosen_weights(measured)
+        tried: Tried = {}
+        for run in runs:
+            tried.setdefault(run.cell, {})[run.weight] = measured[run]["nll"]
+        return tried
 
     def _train(self, runs: Sequence[Run]) -> dict[Run, dict[str, Any]]:
         """Train and measure what is missing; returns the figures of all `runs`."""
@@ -168,15 +171,6 @@ def choosing_runs(config: MiniConfig) -> list[Run]:
         if read_cell(name).loss is not None
         for weight in config.weights.grid
     ]
-
-
-def chosen_weights(measured: dict[Run, dict[str, Any]]) -> dict[str, float]:
-    """Return by cell the weight of its run with the lowest NLL."""
-    best: dict[str, tuple[float, float]] = {}
-    for run, figures in measured.items():
-        found = (figures["nll"], run.weight)
-        best[run.cell] = min(best.get(run.cell, found), found)
-    return {cell: weight for cell, (_, weight) in sorted(best.items())}
 
 
 def reported_runs(config: MiniConfig, weights: dict[str, float]) -> list[Run]:

@@ -19,6 +19,8 @@ FIGURES: tuple[Figure, ...] = ("nll", "kl", "exact_match")
 BySeed = dict[int, float]
 # By cell and weight, then by figure and seed.
 Table = dict[tuple[str, float], dict[Figure, BySeed]]
+# By cell and weight: NLL on validation prompts.
+Tried = dict[str, dict[float, float]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,11 +57,11 @@ def figures_of(
     measured: Mapping[Run, Mapping[str, Any]],
     *,
     teachers: Mapping[PipelineName, Mapping[str, Any]],
-    weights: Mapping[str, float],
+    tried: Tried,
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
     """Return everything that is printed, as JSON values."""
-    table = table_of(measured)
+    table, weights = table_of(measured), chosen_weights(tried)
     return {
         "runs": [
             {"cell": run.cell, "weight": run.weight, "seed": run.seed, **figures}
@@ -69,11 +71,20 @@ def figures_of(
             {"cell": cell, "weight": weight, **{name: summary(row[name]) for name in FIGURES}}
             for (cell, weight), row in table.items()
         ],
-        "weights": dict(weights),
+        "weights": weights,
+        "tried": {
+            cell: {f"{weight:g}": round(nll, 4) for weight, nll in by_weight.items()}
+            for cell, by_weight in tried.items()
+        },
         "teachers": {name: dict(values) for name, values in teachers.items()},
         "orderings": orderings_of(table, weights),
         "seconds": dict(seconds),
     }
+
+
+def chosen_weights(tried: Tried) -> dict[str, float]:
+    """Return by cell the weight with the lowest NLL."""
+    return {cell: min(by_weight, key=lambda w: by_weight[w]) for cell, by_weight in tried.items()}
 
 
 def table_of(measured: Mapping[Run, Mapping[str, Any]]) -> Table:

@@ -38,6 +38,8 @@ def markdown(figures: Mapping[str, Any], pipelines: Mapping[PipelineName, Pipeli
     for figure, words in (("nll", "NLL"), ("exact_match", "exact match")):
         parts += [f"### By {words}", _orderings(figures["orderings"], figure)]
     parts += ["### In short", _in_short(figures["orderings"])]
+    if figures["tried"]:
+        parts += ["## Weights: NLL on validation prompts, one seed", _weights(figures)]
     parts += ["## Every cell, weight and seed", _every_cell(rows)]
     parts.append(_seconds(figures["seconds"]))
     return "\n\n".join(parts) + "\n"
@@ -188,6 +190,16 @@ def _in_short(orderings: Sequence[Mapping[str, Any]]) -> str:
 def _counts(orderings: Sequence[Mapping[str, Any]], setting: Setting, figure: str) -> list[str]:
     verdicts = [ordering["settings"][setting.name][figure]["verdict"] for ordering in orderings]
     return [str(verdicts.count(v)) for v in ("appears", "reversed", "within the spread")]
+
+
+def _weights(figures: Mapping[str, Any]) -> str:
+    tried = figures["tried"]
+    grid = list(next(iter(tried.values())))
+    lines = [
+        [cell, *(f"{nll:.3f}" for nll in by_weight.values()), f"{figures['weights'][cell]:g}"]
+        for cell, by_weight in tried.items()
+    ]
+    return table(("cell", *(f"weight {weight}" for weight in grid), "chosen"), lines)
 
 
 def _every_cell(rows: Mapping[tuple[str, float], Mapping[str, Any]]) -> str:

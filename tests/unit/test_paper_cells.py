@@ -1,5 +1,6 @@
 """Every YAML of examples/paper is a config that the product reads, and differs in what it must."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,9 @@ def test_the_miniature_reads_both_demos_and_refuses_what_cannot_be_fair() -> Non
         read_mini(FOLDER / "mini.yaml", ["weights.seed=2"])
     with pytest.raises(ConfigError, match=r"no cell 'shared/k' \(did you mean 'shared/kl'\?\)"):
         read_mini(FOLDER / "mini.yaml", ["cells=[shared/k]"])
+
+
+def test_the_page_names_cells_that_exist() -> None:
+    text = (FOLDER / "README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:shared|cross)/\w+)`", text))
+    assert named == {name for name in cell_names() if "as_published" not in name} - {"cross/ce"}

@@ -6,7 +6,7 @@ import pytest
 
 from examples.demo.config import PipelineConfig
 from examples.paper.mini_config import read_mini
-from examples.paper.mini_figures import SETTINGS, figures_of, orderings_of, table_of
+from examples.paper.mini_figures import SETTINGS, chosen_weights, figures_of, orderings_of, table_of
 from examples.paper.mini_report import markdown
 from examples.paper.mini_runs import AR_CELL, Run
 from examples.paper.orderings import compare, paper_orderings
@@ -85,7 +85,16 @@ RUNS = {
     **measured("shared/tide_shared", 1.0, (0.40, 0.41, 0.42)),
     **measured("shared/tide_shared", 0.25, (0.55, 0.56, 0.56)),
 }
+TRIED = {
+    "shared/kl": {1.0: 0.4, 4.0: 0.3},
+    "shared/kl_as_published": {1.0: 0.41, 4.0: 0.42},
+    "shared/tide_shared": {1.0: 0.5, 0.25: 0.49},
+}
 WEIGHTS = {"shared/kl": 4.0, "shared/kl_as_published": 1.0, "shared/tide_shared": 0.25}
+
+
+def test_a_weight_is_chosen_by_its_validation_nll() -> None:
+    assert chosen_weights(TRIED) == WEIGHTS
 
 
 def test_each_setting_compares_its_own_cells_and_weights() -> None:
@@ -112,7 +121,7 @@ def test_the_report_shows_every_seed_and_the_spread() -> None:
     runs = {**RUNS, ar: {"exact_match": {"all": 0.9, "by_task": {}}, "next_token_nll": 1.234}}
     teacher = {"nll": 0.1, "kl": 0.0, "exact_match": {"all": 0.8}}
     figures = figures_of(
-        runs, teachers={"shared": teacher}, weights=WEIGHTS, seconds={"students": 60.0}
+        runs, teachers={"shared": teacher}, tried=TRIED, seconds={"students": 60.0}
     )
     shared: dict[Any, PipelineConfig] = {"shared": pipelines["shared"]}
     lines = [
@@ -121,6 +130,7 @@ def test_the_report_shows_every_seed_and_the_spread() -> None:
     assert "KL without CompDemo 1 0.610 ± 0.010 0.305 ± 0.005 0.390 ± 0.010 30.55" in lines
     assert "KL with CompDemo 4 0.210 ± 0.010 0.105 ± 0.005 0.790 ± 0.010 30.55" in lines
     assert "shared/kl 4 0.200, 0.210, 0.220 0.100, 0.105, 0.110 0.800, 0.790, 0.780" in lines
+    assert "shared/kl 0.400 0.300 4" in lines
     assert "AR none 0.900 40.91" in lines  # no NLL: another quantity
     assert any("1.234 nats, is another quantity" in line for line in lines)
     assert any(line.startswith("shared: AR > BD3LM (+8.24)") for line in lines)
