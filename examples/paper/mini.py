@@ -233,13 +233,15 @@ def main(
 
 
 def _print_plan(config: MiniConfig, output: Path, json_output: bool) -> None:
-    runs = [*choosing_runs(config), *reported_runs(config, {})]
+    tried, reported = choosing_runs(config), reported_runs(config, {})
+    runs = [*tried, *reported]
+    num_more = len({run.cell for run in tried}) * len(config.seeds)
     commands = [command_of(output, run) for run in runs if run.cell != AR_CELL]
     if json_output:
         sys.stdout.write(json.dumps({"num_runs": len(runs), "commands": commands}, indent=2) + "\n")
         return
-    sys.stdout.write("\n".join(commands) + f"\n{len(runs)} students, and up to as many again with "
-                     "the weights chosen by then\n")  # fmt: skip
+    sys.stdout.write("\n".join(commands) + f"\n{len(runs)} students, and up to {num_more} more "
+                     "with the weights chosen by then\n")  # fmt: skip
 
 
 if __name__ == "__main__":

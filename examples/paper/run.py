@@ -16,7 +16,7 @@ from typing import Annotated, Any, get_args
 import typer
 from rich.console import Console
 
-from examples.paper.cells import PIPELINES
+from examples.paper.cells import PIPELINES, PipelineName
 from examples.paper.markdown import table
 from examples.paper.projection import Cards, Cost, project
 from examples.paper.steps import Caches, Options, Stage, Step, plan_steps
@@ -91,7 +91,7 @@ def main(
     """
     options = Options(
         output=output,
-        pipelines=PIPELINES if pipeline == "all" else (_one_of(pipeline, PIPELINES, "pipeline"),),
+        pipelines=_pipelines(pipeline),
         tables=tuple(int(_one_of(word, ("1", "2", "3"), "--table")) for word in _words(tables)),
         caches=_one_of(caches, get_args(Caches), "--caches"),
         released=released,
@@ -193,6 +193,11 @@ def _gigabytes(cost: Cost) -> str:
         return ""
     low, high = (f"{size / 1e9:,.1f}" for size in cost.size_bytes)
     return low if low == high else f"{low} to {high}"
+
+
+def _pipelines(word: str) -> tuple[PipelineName, ...]:
+    _one_of(word, (*PIPELINES, "all"), "pipeline")
+    return tuple(name for name in PIPELINES if word in (name, "all"))
 
 
 def _words(text: str) -> list[str]:
