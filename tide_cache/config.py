@@ -3,6 +3,10 @@
 A config class sits beside the component it configures and derives from `StrictModel`; this module
 only knows how to read one. A misspelt key is refused with the nearest known key, because a key
 that is ignored in silence is a run with other settings than its author believes.
+
+A file may begin from another: `base: FILE`, relative to its own folder. Its mappings are laid over
+the base's key by key; everything else (a list, a number, null) replaces what stood there. So a
+config that differs in one setting says that setting and nothing else.
 """
 
 import types
@@ -25,6 +29,7 @@ class StrictModel(BaseModel):
 
 Config = TypeVar("Config", bound=StrictModel)
 SECTIONS = frozenset({"prepare", "build", "train", "demo"})
+BASE = "base"
 
 
 def load_config(
@@ -37,22 +42,11 @@ def load_config(
     """Read a YAML file into `model`, with `overrides` such as `"student.dtype=bfloat16"` on top.
 
     One file may hold a whole pipeline under the keys `prepare`, `build` and `train`: where it does,
-    only `section` of it is read. Raises ConfigError that names file, key, expected and got; unknown
-    keys come with the nearest known one.
+    only `section` of it is read. The file's `base` is read first. Raises ConfigError that
+    names file, key, expected and got; unknown keys come with the nearest known one.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot read the config ({error.strerror})") from error
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
-    if values is None:
-        values = {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected a mapping of keys, got {type(values).__name__}")
+    values = _read_values(path)
     where = str(path)
     if section is not None and values.keys() & SECTIONS:
         values, where = _take_section(values, section, where), f"{path}: {section}"
@@ -70,6 +64,39 @@ def parse_config(values: dict[str, Any], model: type[Config], *, where: str) -> 
         problems = sorted(error.errors(), key=lambda p: p["type"] != "extra_forbidden")
         lines = [_explain(problem, model) for problem in problems]
         raise ConfigError(f"{where}: " + "; ".join(lines)) from error
+
+
+def _read_values(path: Path, begun: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Read a file over its base; `begun` are the files that led here."""
+    if path.resolve() in begun:
+        raise ConfigError(f"{path}: base: leads back to itself")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the config ({error.strerror})") from error
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping of keys, got {type(values).__name__}")
+    base = values.pop(BASE, None)
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base: expected the name of a file, got {base!r}")
+    return _laid_over(_read_values(path.parent / base, (*begun, path.resolve())), values)
+
+
+def _laid_over(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in values.items():
+        present = merged.get(key)
+        both = isinstance(present, dict) and isinstance(value, dict)
+        merged[key] = _laid_over(present, value) if both else value  # type: ignore[arg-type]
+    return merged
 
 
 def _take_section(values: dict[str, Any], section: str, where: str) -> dict[str, Any]:

@@ -31,8 +31,11 @@ class MaskingConfig(StrictModel):
     student_timesteps: TimestepsConfig
 
 
-class DemoConfig(StrictModel):
-    """What `make demo` runs. `train`, `build` are the product's own configs, paths left out."""
+class PipelineConfig(StrictModel):
+    """A teacher, its cache and how students are trained: the product's own configs, paths left out.
+
+    `train`, `build` and their like are what `tide-train` and `tide-cache build` read.
+    """
 
     split: Literal["validation", "test"] = Field(
         "test", description="prompts that figures are taken on; settings were chosen on validation"
@@ -44,11 +47,16 @@ class DemoConfig(StrictModel):
     teacher_train: dict[str, Any]
     build: dict[str, Any]
     student_train: dict[str, Any]
-    students: dict[str, dict[str, float]] = Field(description="name: losses and their weights")
-    seeds: tuple[int, ...] = Field(min_length=1)
     new_tokens: int = Field(ge=1, description="tokens generated per answer")
 
     @property
     def is_shared(self) -> bool:
         """Whether teacher and student share a tokenizer."""
         return self.teacher_tokenizer == self.student_tokenizer
+
+
+class DemoConfig(PipelineConfig):
+    """What `make demo` runs."""
+
+    students: dict[str, dict[str, float]] = Field(description="name: losses and their weights")
+    seeds: tuple[int, ...] = Field(min_length=1)

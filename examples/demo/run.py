@@ -22,28 +22,14 @@ from rich.console import Console
 
 from examples.demo.config import DemoConfig
 from examples.demo.measure import answer_share, measure
+from examples.demo.pipeline import Pipeline
 from examples.demo.report import print_table, table_of
-from examples.demo.tasks import Split, generate_rows, write_jsonl
-from examples.demo.tokenizer import CHARACTERS, PAIRS, save_tokenizer
-from stage1_teacher.build import run_build
-from stage1_teacher.build_plan import BuildConfig
-from stage1_teacher.build_plan import make_plan as plan_build
-from stage1_teacher.prepare import make_plan as plan_prepare
-from stage1_teacher.prepare import run_prepare
-from stage1_teacher.prepare_config import PrepareConfig
-from stage2_student.config import TrainConfig
 from stage2_student.trainer import train
-from tide_cache.cache import open_cache
 from tide_cache.card import describe_fidelity, entries_count
 from tide_cache.cli import run as run_app
-from tide_cache.config import load_config, parse_config
-from tide_cache.errors import TideError
-from tide_cache.manifest import CacheManifest, Manifest
-from tide_cache.store import Store
-from tide_cache.verify import verify_set
+from tide_cache.config import load_config
+from tide_cache.manifest import Manifest
 
-TOKENIZERS = {"characters": CHARACTERS, "pairs": PAIRS}
-_HELD_OUT_TIMESTEPS = {"num": 1, "min": 0.49, "max": 0.51}
 console = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
@@ -52,24 +38,23 @@ class Demo:
 
     def __init__(self, config: DemoConfig, folder: Path) -> None:
         self.config, self.folder = config, folder
+        self.pipeline = Pipeline(config, folder)
         self.seconds: dict[str, float] = {}
-        folder.mkdir(parents=True, exist_ok=True)
 
     def run(self) -> dict[str, Any]:
         """Run all stages and return the figures."""
         torch.set_num_threads(1)
         with self.stage("data", "generate rows and tokenizers"):
-            self._write_data()
+            self.pipeline.write_data()
         with self.stage("prepare", "tide-cache prepare"):
-            self._prepare("teacher")
-            premasked = self._prepare("student")
-            self._prepare("held_out")
+            self.pipeline.prepare("teacher")
+            premasked = self.pipeline.prepare("student")
+            self.pipeline.prepare("held_out")
         with self.stage("teacher", "tide-train teacher.yaml --cache premasked-teacher"):
-            self._train_teacher()
+            self.pipeline.train_teacher()
         with self.stage("build", "tide-cache build"):
-            cache = self._build("student", {})
-            # Whole distributions, asked as students are: the KL to the teacher is exact.
-            self._build("held_out", self._exact_payload())
+            cache = self.pipeline.build("student")
+            self.pipeline.build_held_out()
         with self.stage("verify", "tide-cache verify"):
             self._verify("cache-student")
             self._verify("cache-held_out")
@@ -98,89 +83,8 @@ class Demo:
         self.seconds[name] = time.monotonic() - began_s
         console.print(f"  {self.seconds[name]:.1f} s")
 
-    def path(self, name: str) -> str:
-        """Return a path in the demo's folder."""
-        return str(self.folder / name)
-
-    def _write_data(self) -> None:
-        config = self.config.data
-        for name, split, num_rows, wrong in self._parts():
-            rows = generate_rows(split, num_rows, seed=config.seed, wrong_fraction=wrong)
-            write_jsonl(self.folder / f"{name}.jsonl", rows)
-        for name in {self.config.teacher_tokenizer, self.config.student_tokenizer}:
-            save_tokenizer(TOKENIZERS[name], self.folder / f"tokenizer-{name}")
-
-    def _parts(self) -> list[tuple[str, Split, int, float]]:
-        data = self.config.data
-        return [
-            ("teacher", "teacher", data.teacher_rows, 0.0),
-            ("student", "student", data.student_rows, data.wrong_fraction),
-            ("held_out", self.config.split, data.held_out_rows, 0.0),
-        ]
-
-    def _prepare(self, name: str) -> Manifest:
-        masking, config = self.config.masking, self.config
-        teachers = self.path(f"tokenizer-{config.teacher_tokenizer}")
-        students = self.path(f"tokenizer-{config.student_tokenizer}")
-        for_teacher, held_out = name == "teacher", name == "held_out"
-        timesteps: Any = masking.teacher_timesteps if for_teacher else masking.student_timesteps
-        values = {
-            "sources": [{"path": self.path(f"{name}.jsonl"), "license": "Apache-2.0"}],
-            "student": {
-                "tokenizer": teachers if for_teacher else students,
-                "max_length": masking.max_length,
-            },
-            "teacher": {"tokenizer": teachers, "max_length": masking.max_length},
-            "alignment": "positions" if for_teacher or config.is_shared else "chunks",
-            "block_size": masking.block_size,
-            "num_views": 1 if held_out else masking.num_views,
-            "timesteps": _HELD_OUT_TIMESTEPS if held_out else timesteps.model_dump(),
-        }
-        plan, encoder = plan_prepare(parse_config(values, PrepareConfig, where="demo: prepare"))
-        return run_prepare(plan, self.path(f"premasked-{name}"), encoder=encoder)
-
-    def _train_teacher(self) -> None:
-        values = {
-            **self.config.teacher_train,
-            "output": self.path("teacher"),
-            "device": "cpu",
-        }
-        values["student"] = {
-            **values["student"],
-            "tokenizer": self.path(f"tokenizer-{self.config.teacher_tokenizer}"),
-            "mask_token": TOKENIZERS[self.config.teacher_tokenizer].mask,
-        }
-        config = parse_config(values, TrainConfig, where="demo: teacher_train")
-        train(config, self.path("premasked-teacher"))
-
-    def _build(self, name: str, changes: dict[str, Any]) -> CacheManifest:
-        values = {**self.config.build, **changes}
-        values["teacher"] = {
-            "block_size": self.config.masking.block_size,
-            "device": "cpu",
-            "dtype": "float32",
-            **values.get("teacher", {}),
-            "model": self.path("teacher/final"),
-        }
-        config = parse_config(values, BuildConfig, where="demo: build")
-        premasked = open_cache(self.path(f"premasked-{name}"))
-        return run_build(plan_build(config, premasked, self.path(f"cache-{name}")))
-
-    def _exact_payload(self) -> dict[str, Any]:
-        if not self.config.is_shared:
-            return {}
-        shared = open_cache(self.path("premasked-held_out")).manifest.shared_vocab_size
-        return {
-            "payload": None,
-            "payloads": ["candidates"],
-            "candidates": {"codec": "raw", "k": shared, "mean_logits_positions": 0},
-            "comp_demo": False,
-        }
-
     def _verify(self, name: str) -> None:
-        report = verify_set(Store(self.path(name)))
-        if not report.ok:
-            raise TideError(f"{name}: {report.problems[0]}")
+        report = self.pipeline.verify(name)
         console.print(
             f"  {name}: sound, {report.num_rows:,} rows, {report.size_bytes / 1e6:.2f} MB"
         )
@@ -196,11 +100,11 @@ class Demo:
         return runs
 
     def _measure_teacher(self) -> dict[str, Any]:
-        final = Path(self.path("teacher/final"))
+        final = self.folder / "teacher/final"
         share = answer_share(final, self.config)
         if not self.config.is_shared:
             return {"exact_match": share}
-        return {**measure(final, Path(self.path("cache-held_out"))), "exact_match": share}
+        return {**measure(final, self.folder / "cache-held_out"), "exact_match": share}
 
 
 def train_student(job: tuple[dict[str, Any], str, str, int]) -> dict[str, Any]:
@@ -210,16 +114,10 @@ def train_student(job: tuple[dict[str, Any], str, str, int]) -> dict[str, Any]:
     torch.set_num_threads(1)
     slug = "".join(c if c.isalnum() else "-" for c in name.lower())
     output = Path(folder) / f"student-{slug}-{seed}"
-    train_values = {**config.student_train, "output": str(output), "seed": seed, "device": "cpu"}
-    train_values["student"] = {
-        **train_values["student"],
-        "tokenizer": str(Path(folder) / f"tokenizer-{config.student_tokenizer}"),
-        "mask_token": TOKENIZERS[config.student_tokenizer].mask,
-    }
-    objective = {**train_values.get("objective", {}), "losses": config.students[name]}
-    train_values["objective"] = objective
+    parsed = Pipeline(config, Path(folder)).student_config(
+        output, seed=seed, objective={"losses": config.students[name]}
+    )
     began_s = time.monotonic()
-    parsed = parse_config(train_values, TrainConfig, where=f"demo: student {name}")
     train(parsed, str(Path(folder) / "cache-student"))
     seconds = time.monotonic() - began_s
     return {

@@ -71,3 +71,26 @@ def test_a_pipeline_file_holds_sections(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.yaml: train: unknown key 'sed'"):
         load_config(path, Outer, section="train")
     assert load_config(write(tmp_path, "seed: 3\n"), Outer, section="train").seed == 3
+
+
+def test_a_file_lies_over_its_base(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "first.yaml").write_text("seed: 1\ninner: {temperature: 1.5, tokens: [1, 2]}\n")
+    (tmp_path / "sub/second.yaml").write_text("base: ../first.yaml\ninner: {tokens: [3]}\n")
+    path = write(tmp_path, "base: sub/second.yaml\nseed: 2\nmaybe: null\n")
+    config = load_config(path, Outer, ["inner.temperature=3"])
+    assert config == Outer(seed=2, inner=Inner(temperature=3, tokens=(3,)))
+    assert load_config(path, Outer).inner == Inner(temperature=1.5, tokens=(3,))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base: config.yaml", r"config.yaml: base: leads back to itself"),
+        ("base: [a]", r"config.yaml: base: expected the name of a file, got \['a'\]"),
+        ("base: none.yaml", r"none.yaml: cannot read the config \(No such file"),
+    ],
+)
+def test_bases_that_cannot_be_read_are_named(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(tmp_path, text), Outer)
