@@ -33,6 +33,9 @@ demo-cross: $(STAMP) ## the same with a teacher that has another tokenizer
 	rm -rf runs/demo-cross
 	$(RUN)/python -m examples.demo.run examples/demo_cross.yaml --output runs/demo-cross
 
+paper-mini: $(STAMP) ## tables 1 and 2 of the paper in miniature: two teachers, all losses, 3 seeds (minutes)
+	$(RUN)/python -m examples.paper.mini examples/paper/mini.yaml -o runs/paper-mini
+
 test: lint types ## lint, types and all tests
 	$(RUN)/python -m pytest
 
