@@ -1,10 +1,11 @@
 """Thousands of damaged and forged sets: `python -m tests.fuzz --number 10000 --seed 0 --json`.
 
 The rule: `verify` refuses every mutation, by an error or a problem of its own, or what it decodes
-to is what it was. A forger who makes all hashes right may write another sound set; then it has
-another identity, and everything in it is within bounds. Whether refused or not, whoever trains from
-a set without having verified it gets an error of ours or finite losses. Nothing else comes out: no
-traceback, no more memory than `MEMORY_BYTES` beyond the imports, no more time than `TIMEOUT_S`.
+to is what it was. A forger who makes all hashes right may write another sound set, with everything
+in it within bounds; that is refused when `verify` is told which set was meant (`--identity`).
+Whoever trains from a set without having verified it gets an error of ours or finite losses. Nothing
+else comes out: no traceback, no more memory than `MEMORY_BYTES` beyond the imports, no more time
+than `TIMEOUT_S`.
 
 Mutations run one after another in child processes; a child that dies names its mutation.
 """
@@ -50,7 +51,7 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """`verdict`: refused, equal, another (sound) set, or what broke the rule."""
+    """`verdict`: refused (by identity alone, or without it), equal, or broken: against the rule."""
 
     case: Case
     verdict: str

@@ -18,7 +18,7 @@ from tide_cache.errors import TideError
 from tide_cache.manifest import SIGNATURE, CacheManifest, Manifest
 from tide_cache.signing import check_signature
 from tide_cache.store import Store
-from tide_cache.verify import verify_set
+from tide_cache.verify import verify_set, wrong_identity
 
 _STUDENT_SIZE = 8
 
@@ -59,7 +59,8 @@ class Judge:
             return "equal", ""
         if case.kind.startswith("forged"):
             before = open_cache(self._bases / case.base / "set").identity
-            return ("broken", "the same identity") if report.identity == before else ("another", "")
+            told = wrong_identity(report.identity, before)
+            return ("refused by identity", told[0]) if told else ("broken", "the same identity")
         return "broken", "verify found nothing, and it decodes to something else"
 
     def train(self, folder: Path) -> str:

@@ -23,7 +23,7 @@ from tide_cache.signing import find_signature, sign_set
 from tide_cache.status import lines as status_lines
 from tide_cache.status import status as find_status
 from tide_cache.store import Store
-from tide_cache.verify import Report, default_workers, verify_set
+from tide_cache.verify import Report, default_workers, verify_set, wrong_identity
 from tide_cache.writer import read_manifest
 
 Url = Annotated[str, typer.Argument(help="Folder or URL of a premasked set or a cache.")]
@@ -70,6 +70,14 @@ def verify(
             help="Check first that the set is as the owner of this key signed it (PEM).",
         ),
     ] = None,
+    expected_identity: Annotated[
+        str | None,
+        typer.Option(
+            "--identity",
+            metavar="SHA256",
+            help="Refuse another set than the one that its makers named by this identity.",
+        ),
+    ] = None,
     against_teacher: Annotated[
         str | None,
         typer.Option(
@@ -95,12 +103,16 @@ def verify(
 
     tide-cache verify runs/cache --public-key lab.pub
 
+    tide-cache verify runs/cache --identity 3f1c…
+
     tide-cache verify runs/cache --against-teacher WeDLM/WeDLM-8B-Instruct --samples 32
     """
     try:
         store = Store(url)
         signature = None if public_key is None else find_signature(store, public_key)
         report = _verify_with_progress(store, level, workers, resume)
+        if expected_identity is not None:
+            report.problems[:0] = wrong_identity(report.identity, expected_identity)
         if signature is not None:
             report.signature = signature
             report.problems[:0] = [] if signature == "good" else [signature]

@@ -97,6 +97,17 @@ def verify_set(
     return report
 
 
+def wrong_identity(found: str, expected: str) -> list[str]:
+    """Return a line unless a set's identity is the one that it was named by.
+
+    Hashes that are all right tell that a set is whole, not whose it is: who forges rows and makes
+    every hash anew has made another sound set. Its identity is another one.
+    """
+    if found == expected.strip().lower():
+        return []
+    return [f"identity: expected {expected}, got {found}: another set than the one that was named"]
+
+
 def default_workers(manifest: Manifest) -> int:
     """Return how many processes a set is worth: a core for each 64 MB, at most all of them."""
     size_bytes = sum(shard.size_bytes for shard in manifest.shards)

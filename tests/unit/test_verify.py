@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.set_builders import premasked_header, random_row, write_premasked
+from tide_cache.cache import open_cache
 from tide_cache.rows import rows_to_table
 from tide_cache.store import Store
 from tide_cache.verify import verify_set
@@ -112,6 +113,18 @@ def test_a_hostile_row_behind_right_hashes_is_found(tmp_path: Path) -> None:
     writer.finish([0])
     (problem,) = verify_set(Store(tmp_path)).problems
     assert "student_ids: expected ids in 0..39, got 4000" in problem
+
+
+def test_another_sound_set_is_told_by_its_identity(tmp_path: Path) -> None:
+    write_premasked(tmp_path / "set")
+    meant = open_cache(tmp_path / "set").identity
+    assert command("verify", tmp_path / "set", "--identity", meant.upper())[0] == 0
+    # What was dropped stands in the manifest alone: all hashes stay right, and the set is sound.
+    edit_manifest(tmp_path / "set", lambda values: values["dropped"].update(empty_reply=7))
+    assert command("verify", tmp_path / "set")[0] == 0
+    code, out, _ = command("verify", tmp_path / "set", "--identity", meant)
+    assert code == 1
+    assert f"identity: expected {meant}" in out
 
 
 def test_a_sample_that_occurs_twice_is_found(tmp_path: Path) -> None:
