@@ -41,7 +41,10 @@ def benchmark(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Ask only the first questions of each sub-task.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts a forward; same answers.")] = 1,
+    batch_size: Annotated[
+        int,
+        typer.Option(min=1, help="Prompts a forward; the same answers but for ties of rounding."),
+    ] = 1,
     device: Annotated[
         str, typer.Option(help="auto, cpu, cuda:0, or several: cuda:0,cuda:1 (a process each).")
     ] = "auto",
