@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
-from stage2_student.export_cli import export
+from stage2_student.release.command import export
 from tide_cache.cli import INSTALL_HINT, make_app, run
 from tide_cache.errors import TideError
 

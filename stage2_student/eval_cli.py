@@ -4,7 +4,7 @@ Torch is imported after the arguments are read, as in `tide-train`.
 """
 
 from stage2_student.benchmark_tasks.command import benchmark
-from stage2_student.generate_command import generate
+from stage2_student.sampling.command import generate
 from tide_cache.cli import make_app, run
 
 app = make_app("tide-eval", "Generate with a student, and run the paper's benchmarks.")

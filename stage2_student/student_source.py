@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from stage2_student.attention import Attention
-from stage2_student.released_format import RELEASED_MODEL_TYPE
+from stage2_student.release.released_format import RELEASED_MODEL_TYPE
 from tide_cache.card_license import card_license
 from tide_cache.config import StrictModel
 from tide_cache.errors import CompatibilityError, ConfigError, FormatError

@@ -24,17 +24,17 @@ from stage2_student.compatibility import teacher_reading
 from stage2_student.config import TrainConfig
 from stage2_student.evaluate import Evaluation, evaluate
 from stage2_student.metrics import METRICS_FILE, MetricsFile, Tracker, open_trackers
-from stage2_student.model_card import write_card
 from stage2_student.optimizer import load_optimizer, optimizer_tensors, save_optimizer
 from stage2_student.plan import OpenRun, open_run
 from stage2_student.progress import NoProgress, TrainProgress
-from stage2_student.released_format import save_released, weights
+from stage2_student.release.model_card import write_card
+from stage2_student.release.released_format import save_released, weights
+from stage2_student.release.training_record import make_record, write_record
 from stage2_student.running import set_up_layers
 from stage2_student.step_report import Meter, peak_memory_bytes, step_metrics
 from stage2_student.stream import StepBatches, StepStream, StreamState
 from stage2_student.student import Student, load_model, load_student
 from stage2_student.student_source import read_model_config
-from stage2_student.training_record import make_record, write_record
 from stage2_student.update import StepCounts, StepOutcome, Updater, make_accelerator
 from tide_cache.canonical import pretty_json
 from tide_cache.errors import TideError

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from stage2_student.benchmark_tasks.engines import Batches, batches
-from stage2_student.released_format import save_released
+from stage2_student.release.released_format import save_released
 from stage2_student.sampling.settings import Generation, GenerationSettings
 from tests.builders import make_tokenizer
 

@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stage2_student.config import TrainConfig
-from stage2_student.export import export, plan_export
 from stage2_student.metrics import read_metrics
-from stage2_student.push import open_hub
+from stage2_student.release.export import export, plan_export
+from stage2_student.release.push import open_hub
+from stage2_student.release.training_record import read_record
 from stage2_student.trainer import train
-from stage2_student.training_record import read_record
 from tests.builders import all_files, assert_same_files
 from tests.cache_builders import SetShape, Workshop, make_workshop
 from tests.hub_servers import hub_server

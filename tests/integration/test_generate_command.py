@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from typer.testing import CliRunner
 
 from stage2_student.eval_cli import app
-from stage2_student.released_format import save_released
+from stage2_student.release.released_format import save_released
 from stage2_student.sampler import GenerationSettings, Sampler, load_for_generation
 from tests.small_tokenizers import CHATML, byte_level
 from tide_cache.errors import CompatibilityError, ConfigError, DataError, TideError

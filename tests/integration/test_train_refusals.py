@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from stage2_student.cli import main
-from stage2_student.released_format import released_config
+from stage2_student.release.released_format import released_config
 from tests.cache_builders import (
     SetShape,
     Workshop,

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from stage2_student.config import TrainConfig
-from stage2_student.export import DTYPES, export, plan_export
+from stage2_student.release.export import DTYPES, export, plan_export
 from stage2_student.sampler import generate_reference, staircase_mask
 from stage2_student.student import load_model
 from stage2_student.student_source import read_model_config

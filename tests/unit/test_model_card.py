@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 import yaml
 
-from stage2_student.benchmark_results import read_results
 from stage2_student.config import TrainConfig
-from stage2_student.model_card import model_card
-from stage2_student.trainer import train
-from stage2_student.training_record import (
+from stage2_student.release.benchmark_results import read_results
+from stage2_student.release.model_card import model_card
+from stage2_student.release.training_record import (
     RECORD_FILE,
     TrainingRecord,
     public_name,
     read_record,
 )
+from stage2_student.trainer import train
 from tests.cache_builders import SetShape, Workshop, make_workshop
 from tests.unit.test_score_table import make_results, make_score
 from tide_cache.cache import open_cache

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM, Qwen3Config, Qwen3ForCausalLM
 
 from stage2_student.attention import BY_ROWS
-from stage2_student.released_format import save_released
+from stage2_student.release.released_format import save_released
 from stage2_student.student import Student, load_model, load_student
 from stage2_student.student_source import StudentConfig, open_student, read_model_config
 from tests.cache_builders import MASK_ID, NUM_IDS, save_tokenizer, tokenizer_facts

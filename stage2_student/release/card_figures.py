@@ -5,8 +5,8 @@ What was not measured is said in the same place.
 
 from collections.abc import Sequence
 
-from stage2_student.benchmark_results import Score
-from stage2_student.training_record import TrainingRecord
+from stage2_student.release.benchmark_results import Score
+from stage2_student.release.training_record import TrainingRecord
 from tide_cache.card import as_code, as_words
 
 # What a line of `metrics.jsonl` counts, besides what it measures.

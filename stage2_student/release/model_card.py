@@ -12,10 +12,10 @@ from typing import Any
 
 import yaml
 
-from stage2_student.benchmark_results import Score
-from stage2_student.card_figures import figures, limits
+from stage2_student.release.benchmark_results import Score
+from stage2_student.release.card_figures import figures, limits
+from stage2_student.release.training_record import SetRecord, TrainingRecord
 from stage2_student.student_source import RANDOM
-from stage2_student.training_record import SetRecord, TrainingRecord
 from tide_cache.card import as_code, as_words
 
 CARD = "README.md"

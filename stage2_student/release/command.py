@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 if TYPE_CHECKING:
-    from stage2_student.export import OnStage
+    from stage2_student.release.export import OnStage
     from tide_cache.hub import HubTarget
 
 _NUM_STAGES = 3
@@ -65,10 +65,10 @@ def export(
 
     tide-train export runs/student -o runs/released --results results.json --push hf://lab/student
     """
-    from stage2_student.benchmark_results import read_results
-    from stage2_student.export import export as export_student
-    from stage2_student.export import plan_export, require_free
-    from stage2_student.push import hub_name, open_hub
+    from stage2_student.release.benchmark_results import read_results
+    from stage2_student.release.export import export as export_student
+    from stage2_student.release.export import plan_export, require_free
+    from stage2_student.release.push import hub_name, open_hub
 
     target = None if push is None else open_hub(push, private=private)
     plan = plan_export(student, dtype=None if dtype is None else dtype.value)
@@ -93,7 +93,7 @@ def export(
 
 
 def _push(folder: Path, target: "HubTarget", *, replace: bool) -> dict[str, Any]:
-    from stage2_student.push import plan_push, push
+    from stage2_student.release.push import plan_push, push
 
     plan = plan_push(folder, target)
     if plan.to_send:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 
-from stage2_student import modeling_a2d_qwen3
+from stage2_student.release import modeling_a2d_qwen3
 from stage2_student.sharded import whole
 from tide_cache.canonical import pretty_json
 

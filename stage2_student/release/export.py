@@ -19,24 +19,24 @@ import torch
 from torch import Tensor
 
 from stage2_student import checkpoints
-from stage2_student.benchmark_results import Score
-from stage2_student.model_card import CARD, write_card
-from stage2_student.modeling_a2d_qwen3 import A2DQwen3LMHeadModel
-from stage2_student.released_format import (
+from stage2_student.release.benchmark_results import Score
+from stage2_student.release.model_card import CARD, write_card
+from stage2_student.release.modeling_a2d_qwen3 import A2DQwen3LMHeadModel
+from stage2_student.release.released_format import (
     MODELING_FILE,
     RELEASED_MODEL_TYPE,
     WEIGHTS_FILE,
     make_tokenizer_portable,
     save_released,
 )
-from stage2_student.student import build_without_storage, check_weights, load_model
-from stage2_student.student_source import read_model_config
-from stage2_student.training_record import (
+from stage2_student.release.training_record import (
     RECORD_FILE,
     TrainingRecord,
     read_record,
     write_record,
 )
+from stage2_student.student import build_without_storage, check_weights, load_model
+from stage2_student.student_source import read_model_config
 from tide_cache.errors import CompatibilityError, ConfigError, FormatError, TideError
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stage2_student.model_card import CARD
+from stage2_student.release.model_card import CARD
 from tide_cache.errors import CompatibilityError, ConfigError
 from tide_cache.hub import MODEL, HubTarget
 from tide_cache.store import Store

@@ -1,6 +1,6 @@
 """`tide-eval generate`: what a student answers, to a prompt or to a file of them.
 
-The options are read here; `generate_run` does the work, and imports torch.
+The options are read here; `run` does the work, and imports torch.
 """
 
 from pathlib import Path
@@ -80,7 +80,7 @@ def generate(
     if show_denoising and (prompts is not None or json_output):
         raise ConfigError("--show-denoising: goes with one prompt, and not with --json")
     try:
-        from stage2_student.generate_run import GenerateRequest, run_generate
+        from stage2_student.sampling.run import GenerateRequest, run_generate
         from stage2_student.sampling.settings import GenerationSettings
     except ModuleNotFoundError as error:
         if error.name not in ("torch", "transformers", "safetensors"):
