@@ -32,6 +32,12 @@ BUILDS: dict[str, dict[str, Any]] = {
         "payloads": ["candidates"],
         "candidates": {"k": 64, "top_p": 0.9, "min_k": 4, "mean_logits_positions": 0},
     },
+    "hidden-bfloat16": {
+        "candidates": {"mean_logits_positions": 64},
+        "hidden": {"fit_positions": 256},
+        "teacher.dtype": "bfloat16",
+    },
+    "chunks-bfloat16": {"payloads": ["chunks"], "teacher.dtype": "bfloat16"},
 }
 
 
