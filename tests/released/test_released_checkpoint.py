@@ -24,7 +24,9 @@ from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from stage2_student.config import TrainConfig
 from stage2_student.release.export import DTYPES, export, plan_export
-from stage2_student.sampler import generate_reference, staircase_mask
+from stage2_student.sampling.blocks import staircase_mask
+from stage2_student.sampling.reference import generate_reference
+from stage2_student.sampling.settings import GenerationSettings
 from stage2_student.student import load_model
 from stage2_student.student_source import read_model_config
 from stage2_student.trainer import train
@@ -96,11 +98,11 @@ class Student:
 
     @cached_property
     def tokens(self) -> list[list[int]]:
-        request = self.request
-        return [
-            generate_reference(self.model, prompt, **request["sampler"])
-            for prompt in request["prompts"]
-        ]
+        asked = dict(self.request["sampler"])
+        ids = {name: asked.pop(name) for name in ("mask_token_id", "eos_token_id")}
+        return generate_reference(
+            self.model, self.request["prompts"], settings=GenerationSettings(**asked), **ids
+        )
 
 
 def trained(workshop: Workshop, name: str, **student: Any) -> Path:
