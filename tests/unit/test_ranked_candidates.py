@@ -10,7 +10,7 @@ import zlib
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.payload_builders import (
@@ -165,6 +165,17 @@ VOCABS = (1, 2, 9, 50, 256, 257, 65_536, 65_537)
     bits=st.sampled_from([6, 8]),
     is_ragged=st.booleans(),
     is_shuffled=st.booleans(),
+)
+# The largest logit stands at the writer's bound and comes back a step beyond it.
+@example(
+    seed=820,
+    num=[1, 3],
+    k=9,
+    vocab_size=50,
+    kind="huge",
+    bits=6,
+    is_ragged=False,
+    is_shuffled=False,
 )
 def test_round_trip(
     seed: int,

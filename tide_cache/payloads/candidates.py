@@ -28,6 +28,7 @@ RANKS_TENSOR = "id_of_rank"
 LOGSUMEXP_SLACK = 1e-4
 # Beyond, sums and quotients by a temperature leave float32.
 MAX_LOGIT, _MAX_LOGSUMEXP = 1e30, 1e34
+_QUANTISED_ROOM = 1.25
 # A stored logsumexp and the head's agree to a few float32 steps; a smaller tail is rounding noise.
 _RESOLUTION = 4 * float(np.finfo(np.float32).eps)
 
@@ -150,7 +151,9 @@ def check_candidates(candidates: Candidates, facts: CandidatesFacts) -> None:
     peak_P = logits_PK.max(axis=1)
     if not (peak_P < np.inf).all():
         raise FormatError("cand_logits: expected numbers or -inf")
-    if not (peak_P <= MAX_LOGIT).all() or ((logits_PK < -MAX_LOGIT) & (logits_PK > -np.inf)).any():
+    # What is quantised comes back up to a step further out than the writer's bound.
+    bound = MAX_LOGIT if candidates.error_P is None else _QUANTISED_ROOM * MAX_LOGIT
+    if not (peak_P <= bound).all() or ((logits_PK < -bound) & (logits_PK > -np.inf)).any():
         raise FormatError(f"cand_logits: expected logits within {MAX_LOGIT:g}")
     if not (np.abs(candidates.logsumexp_PT) <= _MAX_LOGSUMEXP).all():  # NaN is not, either
         raise FormatError("cand_logsumexp: expected finite numbers")
