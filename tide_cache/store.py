@@ -28,6 +28,7 @@ from tide_cache.errors import ConfigError, FormatError, MissingFileError, Storag
 
 logger = logging.getLogger(__name__)
 _READ_BYTES = 1 << 22
+_REMOVALS = 5  # tries, each after others removed a part
 TEMPORARY_SUFFIX = ".tmp"
 _EXTRA_OF = {"s3": "s3", "s3a": "s3", "http": "http", "https": "http", "hf": "hub"}
 _PASSWORD = re.compile(r"(://)[^/@\s]*@")
@@ -207,9 +208,18 @@ class Store:
             raise _explain_write(f"{self.url}/{relative}", len(data), error) from error
 
     def remove(self, relative: str) -> None:
-        """Remove a file or a folder with all that is in it, if it exists."""
-        if self.exists(relative):
-            self._fs.rm(self.path(relative), recursive=True)
+        """Remove a file or a folder with all that is in it, if it exists.
+
+        Several processes may remove the same at once, as those do that finish one set.
+        """
+        for _ in range(_REMOVALS):
+            if not self.exists(relative):
+                return
+            # Missing now: another has removed what this one was about to.
+            with suppress(FileNotFoundError):
+                self._fs.rm(self.path(relative), recursive=True)
+                return
+            self._fs.invalidate_cache()
 
     @contextmanager
     def _explained(self, relative: str) -> Iterator[None]:

@@ -50,6 +50,27 @@ def test_a_file_that_another_writer_made_is_seen_at_once(server: None) -> None:
     assert len(mine.modified()) == 2
 
 
+def test_what_another_removes_at_the_same_time_is_removed(
+    server: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"s3://{BUCKET}/swept"
+    store = Store(url)
+    store.publish("_build/one", b"1")
+    seen: list[bool] = []
+
+    def exists(relative: str) -> bool:
+        """Between the look and the removal another writer sweeps."""
+        seen.append(Store.exists(store, relative))
+        Store(url)._fs.rm(store.path("_build/one"))
+        return seen[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "exists", lambda relative: exists(relative) if not seen else False)
+        store.remove("_build")
+    assert seen == [True]
+    assert not store.exists("_build")
+
+
 def test_two_builds_into_one_bucket_lose_nothing(
     server: None, build_ground: BuildGround, tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -138,3 +139,16 @@ def test_a_truncated_shard_is_named_when_it_is_read(tmp_path: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-7])
     with pytest.raises(FormatError, match=r"view-01/00001\.parquet"):
         open_cache(tmp_path).read_rows(1, [7])
+
+
+def test_several_may_remove_the_same_folder_at_once(tmp_path: Path) -> None:
+    for attempt in range(20):
+        folder = tmp_path / str(attempt) / "_build"
+        for number in range(60):
+            path = folder / f"{number % 6}" / f"{number}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"x")
+        with ThreadPoolExecutor(4) as pool:
+            stores = [Store(tmp_path / str(attempt)) for _ in range(4)]
+            list(pool.map(lambda store: store.remove("_build"), stores))
+        assert not folder.exists()
