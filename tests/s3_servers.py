@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.ports import wait_for_port
+from tests.support import PROJECT_ROOT
 
 
 @contextmanager
@@ -31,10 +32,10 @@ def s3_server(bucket: str, log: Path) -> Iterator[dict[str, str]]:
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
     }
     before = {name: os.environ.get(name) for name in environment}
-    arguments = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    arguments = [sys.executable, "-m", "tests.atomic_moto", str(port)]
     with (
         log.open("wb") as output,
-        subprocess.Popen(arguments, stderr=output, stdout=output) as process,
+        subprocess.Popen(arguments, cwd=PROJECT_ROOT, stderr=output, stdout=output) as process,
     ):
         try:
             os.environ |= environment

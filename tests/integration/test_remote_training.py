@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from stage2_student.config import TrainConfig
@@ -48,7 +49,8 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 
 @pytest.fixture(scope="module")
 def straight(workshop: Workshop) -> Path:
-    """The output of the run from disk."""
+    """The output of the run from disk, with one thread, as the processes of this file have."""
+    torch.set_num_threads(1)
     run(workshop, workshop.folder / "straight", workshop.cache)
     return workshop.folder / "straight"
 
