@@ -19,7 +19,7 @@ against keys and values that lie in a buffer (`sampling.kv_cache`). Tokens at te
 those of `sampling.reference`, which computes the whole prefix at every step: 256 tokens after 100,
 one a forward, take 256 forwards of 32 to 132 positions here and of 132 to 356 there. That holds in
 float32. In bfloat16 neighbouring probabilities are often equal, and which of two comes first
-depends on the shapes that were multiplied: 194 of 200 answers of a tiny random model were the same.
+depends on the shapes that were multiplied: a few answers in a hundred may differ.
 
 `sampling/` has the parts: settings, blocks, layout, kv_cache, forward, decoding, graphs, commit.
 """

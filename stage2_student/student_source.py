@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from stage2_student.attention import Attention
+from stage2_student.json_files import read_json_object
 from stage2_student.release.released_format import RELEASED_MODEL_TYPE
 from tide_cache.card_license import card_license
 from tide_cache.config import StrictModel
-from tide_cache.errors import CompatibilityError, ConfigError, FormatError
+from tide_cache.errors import CompatibilityError, ConfigError
 from tide_cache.tokenizer_hash import tokenizer_sha256
 
 if TYPE_CHECKING:
@@ -228,16 +229,7 @@ def _read_config(config: StudentConfig) -> tuple[Path, dict[str, Any]]:
     folder = Path(config.init)
     if not folder.is_dir():
         folder = _download(config.init, config.revision, _SMALL_FILES)
-    path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot read it ({error.strerror})") from error
-    except ValueError as error:
-        raise FormatError(f"{path}: not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise FormatError(f"{path}: expected a JSON object, got {type(values).__name__}")
-    return folder, values
+    return folder, read_json_object(folder / "config.json")
 
 
 def _download(name: str, revision: str | None, patterns: tuple[str, ...]) -> Path:

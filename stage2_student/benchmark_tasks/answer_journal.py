@@ -3,17 +3,17 @@
 One JSON line an answer, appended and synced a batch at a time. A line is found again by a hash over
 everything that decides it: model, generation settings and the prompt itself. So a run with another
 `--limit` finds its answers too, and a run with another model or setting finds none; nothing is ever
-deleted. A line that a kill tore is cut off when the file is opened again.
+deleted. A line that a kill tore is written over.
 """
 
-import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from stage2_student.json_files import JsonLines
 from tide_cache.canonical import fingerprint
-from tide_cache.errors import StorageError
+from tide_cache.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,11 +35,11 @@ class AnswerJournal:
     """The answers of one benchmark. `path` None keeps them in memory only."""
 
     def __init__(self, path: Path | None) -> None:
-        self._path = path
+        self._file = None if path is None else JsonLines(path)
         self._answers: dict[str, Answer] = {}
-        if path is not None and path.exists():
-            for answer in _read(path):
-                self._answers[answer.key] = answer
+        for number, values in enumerate(self._file.found if self._file else [], start=1):
+            answer = _parse(values, f"{path}: line {number}")
+            self._answers[answer.key] = answer
 
     def get(self, key: str) -> Answer | None:
         """Return the answer kept under `key`, or None."""
@@ -49,31 +49,15 @@ class AnswerJournal:
         """Keep answers; they are on disk when this returns. Raises StorageError if that fails."""
         answers = list(answers)
         self._answers.update({answer.key: answer for answer in answers})
-        if self._path is None:
-            return
-        lines = "".join(json.dumps(asdict(answer)) + "\n" for answer in answers)
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("ab") as file:
-                file.write(lines.encode("utf-8"))
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise StorageError(f"{self._path}: cannot write it ({error.strerror})") from error
+        if self._file is not None:
+            self._file.append(asdict(answer) for answer in answers)
 
 
-def _read(path: Path) -> list[Answer]:
-    data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole < len(data):
-        os.truncate(path, whole)
-    answers = []
-    for number, line in enumerate(data[:whole].splitlines(), 1):
-        try:
-            answers.append(Answer(**json.loads(line)))
-        except (ValueError, TypeError) as error:
-            raise StorageError(
-                f"{path}: line {number} is not an answer ({error})",
-                hint="move the file away to generate these answers anew",
-            ) from error
-    return answers
+def _parse(values: dict[str, Any], where: str) -> Answer:
+    try:
+        return Answer(**values)
+    except TypeError as error:
+        raise DataError(
+            f"{where} is not an answer ({error})",
+            hint="move the file away to generate these answers anew",
+        ) from error

@@ -5,7 +5,6 @@ comma (`exact_match,strict-match`) and its standard error under `METRIC_stderr,F
 one score per benchmark, in percent. Numbers and names alone are taken of either.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,8 @@ from typing import Any, TypeGuard
 
 from stage2_student.benchmark_tasks.protocol import BENCHMARKS
 from stage2_student.benchmark_tasks.results import FORMAT
-from tide_cache.errors import ConfigError, FormatError
+from stage2_student.json_files import read_json_object
+from tide_cache.errors import FormatError
 
 _STDERR = "_stderr"
 _SHOTS = ("n-shot", "num_fewshot")
@@ -36,15 +36,10 @@ def read_results(path: Path) -> tuple[Score, ...]:
     Raises ConfigError where it cannot be read, FormatError where it is no such file or holds no
     score.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot read it ({error.strerror})") from error
-    except ValueError as error:
-        raise FormatError(f"{path}: not JSON: {error}") from error
-    if isinstance(values, dict) and values.get("format") == FORMAT:
+    values = read_json_object(path)
+    if values.get("format") == FORMAT:
         return _scores_of_tide_eval(values, path)
-    tasks = values.get("results") if isinstance(values, dict) else None
+    tasks = values.get("results")
     if not isinstance(tasks, dict):
         raise FormatError(
             f"{path}: results: expected an object of tasks",

@@ -8,7 +8,6 @@ read from is run; the copy that is checked is this package's own file, byte for 
 Shapes: B rows, L positions, V ids.
 """
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from stage2_student import checkpoints
+from stage2_student.json_files import read_json_object
 from stage2_student.release.benchmark_results import Score
 from stage2_student.release.model_card import CARD, write_card
 from stage2_student.release.modeling_a2d_qwen3 import A2DQwen3LMHeadModel
@@ -37,7 +37,7 @@ from stage2_student.release.training_record import (
 )
 from stage2_student.student import build_without_storage, check_weights, load_model
 from stage2_student.student_source import read_model_config
-from tide_cache.errors import CompatibilityError, ConfigError, FormatError, TideError
+from tide_cache.errors import CompatibilityError, ConfigError, TideError
 
 if TYPE_CHECKING:
     from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -143,7 +143,7 @@ def plan_export(path: Path, *, dtype: DtypeName | None = None) -> ExportPlan:
     Raises ConfigError, FormatError, and CompatibilityError where it is no block-diffusion student.
     """
     folder = find_student(path)
-    values = _read_config(folder / _CONFIG)
+    values = read_json_object(folder / _CONFIG)
     if values.get("model_type") != RELEASED_MODEL_TYPE:
         raise CompatibilityError(
             f"{folder / _CONFIG}: model_type: expected {RELEASED_MODEL_TYPE!r}, got "
@@ -254,18 +254,6 @@ def _fixed_ids(vocab_size: int) -> Tensor:
     """Return the same ids each time, int64 (B, L), spread over the vocabulary."""
     count = torch.arange(_NUM_ROWS * _NUM_POSITIONS)
     return (count * 7919 % vocab_size).reshape(_NUM_ROWS, _NUM_POSITIONS)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot read it ({error.strerror})") from error
-    except ValueError as error:
-        raise FormatError(f"{path}: not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise FormatError(f"{path}: expected a JSON object, got {type(values).__name__}")
-    return values
 
 
 def _stored_dtype(values: dict[str, Any], folder: Path) -> DtypeName:

@@ -6,15 +6,14 @@ dropped and generated again.
 """
 
 import hashlib
-import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from stage2_student.json_files import JsonLines
 from stage2_student.sampling.settings import Generation, GenerationSettings
 from tide_cache.canonical import canonical_json
-from tide_cache.errors import ConfigError, DataError
+from tide_cache.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,41 +61,21 @@ class AnswerFile:
         """Read what is there. `keys` by prompt number. Raises DataError where they differ."""
         self.path = path
         self._keys = keys
+        self._lines = JsonLines(path)
         self.answers: dict[int, Answer] = {}
-        self._end_bytes = 0
-        if path.is_file():
-            self._read()
+        for number, values in enumerate(self._lines.found, start=1):
+            answer = self._parse(values, f"{path}: line {number}")
+            self.answers[answer.number] = answer
 
     def append(self, answers: list[Answer]) -> None:
         """Write answers behind those that are there, and to the disk before it returns."""
-        lines = "".join(
-            json.dumps(answer.as_json(), ensure_ascii=False) + "\n" for answer in answers
-        )
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("r+b" if self.path.is_file() else "wb") as file:
-                file.truncate(self._end_bytes)  # a line that a kill cut off
-                file.seek(self._end_bytes)
-                file.write(lines.encode())
-                file.flush()
-                os.fsync(file.fileno())
-                self._end_bytes = file.tell()
-        except OSError as error:
-            raise ConfigError(f"{self.path}: cannot write it ({error.strerror})") from error
+        self._lines.append(answer.as_json() for answer in answers)
         self.answers.update({answer.number: answer for answer in answers})
 
-    def _read(self) -> None:
-        for index, line in enumerate(self.path.read_bytes().splitlines(keepends=True), start=1):
-            if not line.endswith(b"\n"):
-                return
-            answer = self._parse(line, f"{self.path}: line {index}")
-            self.answers[answer.number] = answer
-            self._end_bytes += len(line)
-
-    def _parse(self, line: bytes, where: str) -> Answer:
+    def _parse(self, values: dict[str, Any], where: str) -> Answer:
         try:
-            answer = Answer(**json.loads(line))
-        except (ValueError, TypeError) as error:
+            answer = Answer(**values)
+        except TypeError as error:
             raise DataError(
                 f"{where}: not an answer of this command: {error}", hint="name another file with -o"
             ) from error

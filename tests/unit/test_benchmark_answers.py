@@ -20,7 +20,7 @@ from stage2_student.benchmark_tasks.progress import NoProgress
 from stage2_student.sampling.settings import Generation, GenerationSettings
 from tests.scripted_students import ScriptedEngine, write_student
 from tests.small_tokenizers import CHATML, THINKING, byte_level
-from tide_cache.errors import ConfigError, StorageError, TideError
+from tide_cache.errors import ConfigError, DataError, TideError
 
 USER = {"role": "user", "content": "Hi"}
 BEGUN = {"role": "assistant", "content": "\n```python\n"}
@@ -128,8 +128,12 @@ def test_every_torn_line_is_cut_off(tmp_path: Path) -> None:
 
 def test_a_journal_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"key": 1}\n')
-    with pytest.raises(StorageError, match=r"a\.jsonl: line 1 is not an answer"):
+    with pytest.raises(DataError, match=r"a\.jsonl: line 1 is not an answer"):
         AnswerJournal(tmp_path / "a.jsonl")
+    for line in ("{", "[1]", "\xff"):
+        (tmp_path / "a.jsonl").write_text(line + "\n", encoding="latin-1")
+        with pytest.raises(DataError, match=r"a\.jsonl: line 1: "):
+            AnswerJournal(tmp_path / "a.jsonl")
 
 
 def test_a_key_depends_on_model_settings_and_prompt() -> None:

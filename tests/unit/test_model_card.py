@@ -202,7 +202,8 @@ def test_benchmarks_of_our_own_results_file(record: TrainingRecord, tmp_path: Pa
     ("text", "error", "told"),
     [
         ("{", FormatError, "not JSON"),
-        ("[]", FormatError, "results: expected an object of tasks"),
+        ("[]", FormatError, "expected a JSON object, got list"),
+        ("{}", FormatError, "results: expected an object of tasks"),
         ('{"results": {"bbh": {"acc": "high"}}}', FormatError, "expected at least one number"),
         (None, ConfigError, "cannot read it"),
     ],
