@@ -299,7 +299,10 @@ def _cells(method: Method, caches: Caches) -> Sequence[str]:
 
 
 def _name(model: EvaluatedModel) -> str:
-    return model.label if model.pipeline is None else f"{model.pipeline}: {model.label}"
+    if model.pipeline is None:
+        return model.label
+    as_published = ", as published" if model.folder.name.endswith("_as_published") else ""
+    return f"{model.pipeline}: {model.label}{as_published}"
 
 
 def overrides_of(options: Options, section: str, pipeline: PipelineName) -> list[str]:
